@@ -1,0 +1,1 @@
+"""Prefect, and only Prefect: tasks of a few lines over the stages in `pipelines`."""

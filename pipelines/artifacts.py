@@ -1,0 +1,283 @@
+"""The artifact store: directories named by the hash of everything that decides their bytes, whole or absent.
+
+    STORE/<stage>/<key>/payload/       the result; its digest is part of the keys of later stages
+                       /record/        logs, pictures, timings
+                       /manifest.json  inputs, settings, environment, every file's size and sha256
+                       /stamps.json    modification times seen at the last full check
+    STORE/.work/<stage>-<key>/         an attempt that is running or was interrupted
+    STORE/.damaged/<stage>-<key>/      a published artifact that failed its check, until it is rebuilt
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from pipelines.recipe import Recipe
+from pipelines.stage import Log, Metrics, Stage, Work
+from xtuner_core.durable import publish, remove, write_json
+
+SCHEMA = 1
+_ENVIRONMENT = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "prefect")
+
+
+class Damaged(Exception):
+    """A published artifact is not what its manifest says; the message names the file and what is wrong."""
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A published artifact."""
+
+    path: Path
+
+    @property
+    def payload(self) -> Path:
+        return self.path / "payload"
+
+    @property
+    def record(self) -> Path:
+        return self.path / "record"
+
+    @cached_property
+    def manifest(self) -> dict[str, Any]:
+        return json.loads((self.path / "manifest.json").read_text(encoding="utf-8"))
+
+    @property
+    def metrics(self) -> Metrics:
+        return self.manifest["metrics"]
+
+    @property
+    def digest(self) -> str:
+        return self.manifest["payload_digest"]
+
+    @property
+    def reference(self) -> dict[str, str]:
+        """How other manifests name this artifact."""
+        return {"stage": self.manifest["stage"], "key": self.manifest["key"], "payload_digest": self.digest}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What `Store.produce` did."""
+
+    artifact: Artifact
+    cached: bool
+    seconds: float
+    """Wall time now; the artifact's manifest has the time of the run that made it."""
+
+
+class Store:
+    """A directory of artifacts."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root.resolve()
+
+    def ingredients(self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
+        """Everything that decides the bytes of the stage's payload, and nothing else (no path, time or host)."""
+        return {
+            "stage": stage.name,
+            "version": stage.version,
+            "settings": stage.settings(recipe),
+            "inputs": {name: artifact.digest for name, artifact in inputs.items()},
+            "files": [self.file_digest(path) for path in stage.files(recipe)],
+            "libraries": {name: library_version(name) for name in stage.libraries},
+        }
+
+    def find(self, stage: str, key: str, full: bool = False) -> Artifact | None:
+        """The artifact if it is there and whole, None if it is absent.
+
+        Raises:
+            Damaged: it is there but a file is missing, has another size, or (checked when its time stamp moved, or `full`) other bytes.
+        """
+        artifact = Artifact(self.root / stage / key)
+        if not artifact.path.is_dir():
+            return None
+        _check(artifact, full)
+        return artifact
+
+    def newest(self, stage: str) -> Artifact | None:
+        """The artifact of this stage that was made last, to tell what changed since."""
+        made = []
+        for folder in (self.root / stage).glob("*"):
+            try:
+                made.append((Artifact(folder).manifest["created"], folder))
+            except (OSError, ValueError, KeyError):
+                continue
+        return Artifact(max(made)[1]) if made else None
+
+    def produce(self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Artifact], log: Log) -> Result:
+        """Lock, look up, and if need be run the stage and publish its artifact.
+
+        Two callers with one key: the second waits and then finds the first one's artifact. The lock is the kernel's (flock),
+        so it ends with its holder, however that dies.
+        """
+        started = time.monotonic()
+        ingredients = self.ingredients(stage, recipe, inputs)
+        key = key_of(ingredients)
+        with self._locked(f"{stage.name}-{key}", log):
+            try:
+                if found := self.find(stage.name, key):
+                    return Result(found, True, time.monotonic() - started)
+            except Damaged as damage:
+                log(f"{stage.name}: artifact {key} is damaged ({damage}); it is set aside and rebuilt")
+                self._set_aside(stage.name, key)
+            artifact = self._run(stage, recipe, inputs, key, ingredients, log)
+            remove(self.root / ".damaged" / f"{stage.name}-{key}")
+            return Result(artifact, False, time.monotonic() - started)
+
+    def file_digest(self, path: Path) -> str:
+        """sha256 of a file outside the store, remembered for as long as its size and time stamp stay."""
+        status = path.stat()
+        stamp = [status.st_size, status.st_mtime_ns]
+        known = self._known_digests
+        entry = known.get(str(path))
+        if entry is None or entry[:2] != stamp:
+            known[str(path)] = entry = [*stamp, sha256(path)]
+            self.root.mkdir(parents=True, exist_ok=True)
+            write_json(self.root / ".digests.json", known)
+        return entry[2]
+
+    @cached_property
+    def _known_digests(self) -> dict[str, list[Any]]:
+        try:
+            return json.loads((self.root / ".digests.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+
+    @contextmanager
+    def _locked(self, name: str, log: Log) -> Iterator[None]:
+        folder = self.root / ".locks"
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{name}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            log(f"{name}: another run is making this artifact; waiting for it")
+            lock.acquire()
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _set_aside(self, stage: str, key: str) -> None:
+        target = self.root / ".damaged" / f"{stage}-{key}"
+        remove(target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        os.rename(self.root / stage / key, target)
+
+    def _run(
+        self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Artifact], key: str, ingredients: dict[str, Any], log: Log
+    ) -> Artifact:
+        attempt = self.root / ".work" / f"{stage.name}-{key}"
+        if not stage.resumable:
+            remove(attempt)
+        work = Work({name: item.payload for name, item in inputs.items()}, attempt / "payload", attempt / "record", log)
+        work.payload.mkdir(parents=True, exist_ok=True)
+        work.record.mkdir(parents=True, exist_ok=True)
+        started = time.monotonic()
+        metrics = stage.run(recipe, work)
+        manifest = {
+            "schema": SCHEMA,
+            "stage": stage.name,
+            "key": key,
+            "recipe": recipe.name,
+            "ingredients": ingredients,
+            "inputs": {name: item.reference for name, item in inputs.items()},
+            "input_files": [{"path": str(path), "sha256": self.file_digest(path)} for path in stage.files(recipe)],
+            "environment": environment(),
+            "metrics": metrics,
+            "seconds": round(time.monotonic() - started, 3),
+            "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
+            **describe_files(attempt),
+        }
+        write_json(attempt / "manifest.json", manifest)
+        write_json(attempt / "stamps.json", _stamps(attempt, manifest))
+        publish(attempt, self.root / stage.name / key)
+        return Artifact(self.root / stage.name / key)
+
+
+def key_of(ingredients: dict[str, Any]) -> str:
+    """The artifact's name: the first 16 hex digits of the sha256 of its canonical ingredients."""
+    canonical = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def describe_files(root: Path) -> dict[str, Any]:
+    """`files` (path, bytes, sha256; links are followed) and `payload_digest` of an attempt or artifact."""
+    files = [
+        {"path": str(path.relative_to(root)), "bytes": path.stat().st_size, "sha256": sha256(path)}
+        for part in ("payload", "record")
+        for path in _walk(root / part)
+    ]
+    lines = [f"{entry['path']}\0{entry['sha256']}\n" for entry in files if entry["path"].startswith("payload/")]
+    return {"files": files, "payload_digest": hashlib.sha256("".join(lines).encode()).hexdigest()}
+
+
+def _walk(root: Path) -> list[Path]:
+    return sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
+
+
+def library_version(name: str) -> str | None:
+    """Installed version of a distribution, without importing it."""
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def environment() -> dict[str, str | None]:
+    """What an artifact was made with."""
+    return {"python": platform.python_version(), "machine": platform.machine(), **{name: library_version(name) for name in _ENVIRONMENT}}
+
+
+def _stamps(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
+    return {entry["path"]: (root / entry["path"]).stat().st_mtime_ns for entry in manifest["files"]}
+
+
+def _check(artifact: Artifact, full: bool) -> None:
+    try:
+        manifest = artifact.manifest
+        files, key = manifest["files"], manifest["key"]
+    except (OSError, ValueError, KeyError) as error:
+        raise Damaged(f"manifest.json: {error}") from None
+    if manifest.get("schema") != SCHEMA or key != artifact.path.name:
+        raise Damaged("manifest.json: of another artifact or schema")
+    try:
+        seen = json.loads((artifact.path / "stamps.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        seen = {}
+    moved = full
+    for entry in files:
+        path = artifact.path / entry["path"]
+        try:
+            status = path.stat()
+        except OSError:
+            raise Damaged(f"{entry['path']}: missing") from None
+        if status.st_size != entry["bytes"]:
+            raise Damaged(f"{entry['path']}: {status.st_size} bytes instead of {entry['bytes']}")
+        if full or seen.get(entry["path"]) != status.st_mtime_ns:
+            moved = True
+            if sha256(path) != entry["sha256"]:
+                raise Damaged(f"{entry['path']}: its bytes changed")
+    if moved:
+        write_json(artifact.path / "stamps.json", _stamps(artifact.path, manifest))

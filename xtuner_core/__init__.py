@@ -1,0 +1,1 @@
+"""The training engine: data, models, parallelism, adapters, optimizer, checkpoints and the loop."""

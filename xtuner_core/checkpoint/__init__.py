@@ -1,0 +1,1 @@
+"""Training checkpoints, and the Hugging Face folder that every other tool reads."""

@@ -1,0 +1,1 @@
+"""From files to packed, memory-mapped training batches."""

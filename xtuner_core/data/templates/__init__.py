@@ -1,0 +1,1 @@
+"""Chat templates as data: one module each with a `TEMPLATE`; a module is found by its name."""

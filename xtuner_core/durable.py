@@ -1,0 +1,65 @@
+"""Files that are whole or absent: write to a private name, fsync, rename, fsync the directory.
+
+The order of operations follows Pillai et al., "All File Systems Are Not Created Equal" (OSDI 2014), as SQLite and PostgreSQL use it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+
+def sync_directory(path: Path) -> None:
+    """Make renames inside `path` survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sync_tree(root: Path) -> None:
+    """fsync every file and directory below `root` (links are left alone)."""
+    for folder, _, names in os.walk(root):
+        for name in names:
+            file = Path(folder, name)
+            if not file.is_symlink():
+                with open(file, "rb") as handle:
+                    os.fsync(handle.fileno())
+        sync_directory(Path(folder))
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace `path` with `content` atomically."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with open(temporary, "wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(temporary, path)
+    sync_directory(path.parent)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Replace `path` with `value` as indented, key-sorted JSON, atomically; NaN is refused."""
+    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
+    write_bytes(path, text.encode() + b"\n")
+
+
+def publish(source: Path, target: Path) -> None:
+    """Move the finished directory `source` to `target`, which must not exist; both lie on one file system."""
+    sync_tree(source)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    os.rename(source, target)
+    sync_directory(target.parent)
+
+
+def remove(path: Path) -> None:
+    """Delete a file, a link or a directory tree if it is there."""
+    if path.is_symlink() or path.is_file():
+        path.unlink()
+    elif path.is_dir():
+        shutil.rmtree(path)

@@ -1,0 +1,1 @@
+"""Model classes come from transformers; here are the seams: loading, attention, presets."""

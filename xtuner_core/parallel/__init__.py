@@ -1,0 +1,1 @@
+"""Device mesh and FSDP2 sharding, applied from outside."""

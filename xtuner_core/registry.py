@@ -1,0 +1,30 @@
+"""The folder is the registry: a name in a recipe is the name of a module in a folder.
+
+Adding a format, template, launcher, evaluator or chatter means adding one file; nothing else is edited.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from types import ModuleType
+
+from xtuner_core.errors import RecipeError
+
+
+def names(package: ModuleType) -> list[str]:
+    """The registered words: the modules of `package`, sorted, without private ones."""
+    return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
+
+
+def find(package: ModuleType, name: str) -> ModuleType:
+    """The module of `package` called `name`.
+
+    Raises:
+        RecipeError: no such module; the message lists the known names.
+    """
+    known = names(package)
+    if name not in known:
+        kind = package.__name__.rsplit(".", 1)[-1]
+        raise RecipeError(f"{name!r} is not one of the {kind}: {', '.join(known)}.")
+    return importlib.import_module(f"{package.__name__}.{name}")
