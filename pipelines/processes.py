@@ -13,6 +13,7 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 
@@ -28,13 +29,23 @@ def die_with_parent() -> None:
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+@dataclass(frozen=True, slots=True)
+class Child:
+    """A running child and the file its output goes to, from byte `start` on (earlier bytes are of an earlier attempt)."""
+
+    process: subprocess.Popen[bytes]
+    output: Path
+    start: int
+
+
 @contextmanager
-def child(command: Sequence[str | Path], output: Path, env: Mapping[str, str], grace: float, cwd: Path | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def child(command: Sequence[str | Path], output: Path, env: Mapping[str, str], grace: float, cwd: Path | None = None) -> Iterator[Child]:
     """Start `command` with stdout and stderr appended to `output`; however the block ends, no process of its group is left.
 
     `grace`: seconds between SIGTERM and SIGKILL.
     """
     with open(output, "ab") as sink:
+        start = sink.tell()
         process = subprocess.Popen(
             [str(part) for part in command],
             stdin=subprocess.DEVNULL,
@@ -45,7 +56,7 @@ def child(command: Sequence[str | Path], output: Path, env: Mapping[str, str], g
             preexec_fn=die_with_parent,
         )
     try:
-        yield process
+        yield Child(process, output, start)
     finally:
         end_group(process, grace)
 
@@ -69,8 +80,8 @@ def _signal_group(group: int, number: signal.Signals) -> None:
         pass
 
 
-def follow(process: subprocess.Popen[bytes], output: Path, on_line: Callable[[str], None], timeout: float | None = None) -> int:
-    """Hand each new line of `output` to `on_line` until the process ends; returns its exit status.
+def follow(running: Child, on_line: Callable[[str], None], timeout: float | None = None) -> int:
+    """Hand each line the child writes to `on_line` until it ends; returns its exit status.
 
     Polls, never blocks, so that a signal or a Prefect timeout gets through at once.
 
@@ -78,11 +89,11 @@ def follow(process: subprocess.Popen[bytes], output: Path, on_line: Callable[[st
         TimeoutError: the process ran longer than `timeout` seconds.
     """
     deadline = None if timeout is None else time.monotonic() + timeout
-    with open(output, "rb") as stream:
-        stream.seek(0, os.SEEK_END)
+    with open(running.output, "rb") as stream:
+        stream.seek(running.start)
         rest = b""
         while True:
-            status = process.poll()
+            status = running.process.poll()
             *lines, rest = (rest + stream.read()).split(b"\n")
             for line in lines:
                 on_line(line.decode(errors="replace").rstrip("\r"))
@@ -101,6 +112,3 @@ def tail(path: Path, lines: int = 20) -> str:
         return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-lines:])
     except OSError:
         return ""
-
-
-

@@ -1,0 +1,24 @@
+"""What a chat template renders a conversation to, before any token exists."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """A control token, by its name in the vocabulary. It enters as an id only, never as text."""
+
+    token: str
+    loss: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Text:
+    """Plain text; neighbouring texts are encoded as one piece, with control tokens disabled."""
+
+    text: str
+    loss: bool = False
+
+
+Piece = Control | Text
