@@ -1,0 +1,79 @@
+"""Checkpoints on disk: safetensors written by DCP, published by rename, checked by sha256 before they are trusted.
+
+    WORK_DIR/checkpoints/step-N/tensors/*.safetensors
+                               /checkpoint.json      step, world size, sha256 of every tensor file
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+
+from xtuner_core.durable import publish, remove, write_json
+from xtuner_core.parallel.mesh import World
+
+
+def save(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any], world: World) -> None:
+    """Write a checkpoint as the new directory `folder`, whole or absent; all ranks call it.
+
+    Only tensors may be given (DCP writes an unreadable file otherwise) and every rank writes its own file (`save_distributed`).
+    """
+    draft = folder.with_name(f".{folder.name}.draft")
+    if world.rank == 0:
+        remove(draft)
+        draft.mkdir(parents=True)
+    dist.barrier()
+    whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    dcp.save(whole, storage_writer=HuggingFaceStorageWriter(str(draft / "tensors"), save_distributed=True))
+    dist.barrier()
+    if world.rank == 0:
+        write_json(draft / "checkpoint.json", {**facts, "world_size": world.size, "files": _digests(draft)})
+        remove(folder)
+        publish(draft, folder)
+    dist.barrier()
+
+
+def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Fill `tensors` in place from a checkpoint of any world size."""
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "tensors")))
+
+
+def newest(work_dir: Path) -> Path | None:
+    """The last checkpoint whose files are all there with the right bytes; damaged ones are passed over."""
+    folders = sorted((work_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")), reverse=True)
+    return next((folder for folder in folders if is_whole(folder)), None)
+
+
+def facts(folder: Path) -> dict[str, Any]:
+    """What `save` was told beside the tensors."""
+    return json.loads((folder / "checkpoint.json").read_text(encoding="utf-8"))
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether every tensor file has the bytes it was saved with (DCP itself would load a flipped byte without a word)."""
+    try:
+        return facts(folder)["files"] == _digests(folder)
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def keep_newest(work_dir: Path, count: int) -> None:
+    """Remove all but the newest `count` checkpoints."""
+    folders = sorted((work_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+    for folder in folders[:-count]:
+        remove(folder)
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    digests = {}
+    for path in sorted((folder / "tensors").iterdir()):
+        with open(path, "rb") as handle:
+            digests[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
+    return digests

@@ -1,0 +1,86 @@
+"""Which packs a step trains on: a pure function of (seed, step, rank), so a resumed run needs no loader state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from xtuner_core.data.dataset import PackedDataset
+
+IGNORE = -100
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """One pack. Labels are shifted already: `labels[0, t]` is the token after position t, or IGNORE.
+
+    input_ids, labels, position_ids: `[1, tokens]`; positions restart at 0 in each document.
+    boundaries: document starts and the end, `[documents + 1]` int32 (flash-attention's cu_seqlens).
+    """
+
+    input_ids: torch.Tensor
+    labels: torch.Tensor
+    position_ids: torch.Tensor
+    boundaries: torch.Tensor
+    longest: int
+    documents: tuple[int, ...]
+
+    @property
+    def tokens(self) -> int:
+        return self.input_ids.shape[1]
+
+    @property
+    def learned(self) -> int:
+        """Positions that carry loss."""
+        return int((self.labels != IGNORE).sum())
+
+
+def make_batch(dataset: PackedDataset, pack: int) -> Batch:
+    """Read a pack and lay its documents end to end."""
+    numbers = dataset.members(pack)
+    documents = [dataset.document(number) for number in numbers]
+    lengths = [len(document.ids) for document in documents]
+    labels = [_shifted_labels(document.ids, document.loss) for document in documents]
+    return Batch(
+        input_ids=_row(np.concatenate([document.ids for document in documents])),
+        labels=_row(np.concatenate(labels)),
+        position_ids=_row(np.concatenate([np.arange(length) for length in lengths])),
+        boundaries=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        longest=max(lengths),
+        documents=tuple(numbers),
+    )
+
+
+def _shifted_labels(ids: np.ndarray, loss: np.ndarray) -> np.ndarray:
+    labels = np.full(len(ids), IGNORE, dtype=np.int64)
+    labels[:-1] = np.where(loss[1:], ids[1:].astype(np.int64), IGNORE)
+    return labels
+
+
+def _row(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.int64)).unsqueeze(0)
+
+
+def steps_of(packs: int, epochs: int, global_batch_size: int) -> int:
+    """Optimizer steps of so many epochs; the last one is filled from the beginning of one epoch more."""
+    return -(-packs * epochs // global_batch_size)
+
+
+def packs_of_step(packs: int, step: int, global_batch_size: int, seed: int) -> list[int]:
+    """Packs that step `step` (from 0) trains on, over all ranks: the stream of epochs, each in its own shuffled order."""
+    positions = range(step * global_batch_size, (step + 1) * global_batch_size)
+    orders: dict[int, np.ndarray] = {}
+    chosen = []
+    for position in positions:
+        epoch, place = divmod(position, packs)
+        order = orders.setdefault(epoch, np.random.default_rng([seed, epoch]).permutation(packs))
+        chosen.append(int(order[place]))
+    return chosen
+
+
+def load_step(dataset: PackedDataset, step: int, global_batch_size: int, seed: int, rank: int, world: int) -> list[Batch]:
+    """This rank's batches of a step, `global_batch_size / world` of them."""
+    packs = packs_of_step(len(dataset), step, global_batch_size, seed)
+    return [make_batch(dataset, pack) for pack in packs[rank::world]]

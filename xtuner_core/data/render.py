@@ -1,0 +1,100 @@
+"""Which chat template a model speaks, proved by comparing token ids with the model's own template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol, cast
+
+import numpy as np
+
+from xtuner_core import registry
+from xtuner_core.data import templates
+from xtuner_core.data.conversation import Conversation, Message
+from xtuner_core.data.pieces import Piece
+from xtuner_core.data.tokenize import ChatTokenizer, encode, load_tokenizer
+from xtuner_core.errors import RecipeError
+
+
+class Template(Protocol):
+    """What a module of the templates folder offers."""
+
+    JINJA: str
+    """The same template for everything that serves the model."""
+    STOP: str
+    """The token that ends the assistant's turn."""
+
+    def render(self, messages: tuple[Message, ...]) -> Iterator[Piece]: ...
+
+
+PROBES = (
+    Conversation((Message("user", "Hello, who are you?"), Message("assistant", "A model.", loss=True))),
+    Conversation((Message("system", "Be brief."), Message("user", " 12 + 345\n"), Message("assistant", "\n357", loss=True))),
+    Conversation((Message("user", "é 你好"), Message("assistant", "ok", loss=True), Message("user", "?"), Message("assistant", "yes", loss=True))),
+)
+
+
+def find_template(name: str) -> Template:
+    """The template module called `name` (RecipeError with the known names otherwise)."""
+    return cast(Template, registry.find(templates, name))
+
+
+def choose_template(model_dir: Path, name: str | None) -> str:
+    """The name of the template to train with: the one asked for, or the one that gives the same ids as the model's own.
+
+    Raises:
+        RecipeError: the asked-for template differs from the model's own, or none fits.
+    """
+    own = has_own_template(model_dir)
+    candidates = [name] if name else registry.names(templates)
+    if not own:
+        if name:
+            find_template(name)
+            return name
+        raise RecipeError(f"{model_dir}: the model has no chat template; set model.template to one of {', '.join(candidates)}.")
+    tokenizer = load_tokenizer(model_dir)
+    reasons = {candidate: _first_mismatch(candidate, tokenizer, model_dir) for candidate in candidates}
+    for candidate, reason in reasons.items():
+        if reason is None:
+            return candidate
+    told = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
+    raise RecipeError(f"{model_dir}: no template gives the token ids of the model's own chat template ({told}). Set model.template, or add one.")
+
+
+def has_own_template(model_dir: Path) -> bool:
+    """Whether the folder brings a chat template."""
+    return own_tokenizer(model_dir).chat_template is not None
+
+
+def own_tokenizer(model_dir: Path):  # noqa: ANN201 - a transformers class, imported only when needed
+    """The folder's tokenizer as transformers loads it: the reference that servers and evaluators use."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+
+
+def own_ids(model_dir: Path, conversations: Sequence[Conversation]) -> list[np.ndarray]:
+    """Token ids of the folder's own chat template."""
+    tokenizer = own_tokenizer(model_dir)
+    return [np.array(tokenizer.apply_chat_template(one.as_dicts(), tokenize=True, return_dict=False), dtype=np.uint32) for one in conversations]
+
+
+def first_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> str | None:
+    """Where two lists of token ids first differ, in words; None if they are equal."""
+    for index, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+        if not np.array_equal(left, right):
+            shared = min(len(left), len(right))
+            position = next((at for at in range(shared) if left[at] != right[at]), shared)
+            return f"conversation {index} differs at token {position} ({len(left)} and {len(right)} tokens)"
+    return None
+
+
+def _first_mismatch(name: str, tokenizer: ChatTokenizer, model_dir: Path) -> str | None:
+    try:
+        documents = encode(tokenizer, [list(find_template(name).render(probe.messages)) for probe in PROBES])
+    except RecipeError as error:
+        return str(error)
+    try:
+        return first_difference([document.ids for document in documents], own_ids(model_dir, PROBES))
+    except Exception as error:  # a chat template is the model author's program: it may raise anything
+        return f"the model's own template fails: {error}"

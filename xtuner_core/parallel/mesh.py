@@ -1,0 +1,51 @@
+"""Processes and their device mesh."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """This process's place among all."""
+
+    rank: int
+    size: int
+    device: torch.device
+    mesh: DeviceMesh
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Join the processes that torchrun started: NCCL with one GPU each, else gloo on the CPU."""
+    cuda = torch.cuda.is_available()
+    local = int(os.environ["LOCAL_RANK"])
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    try:
+        size = dist.get_world_size()
+        yield World(dist.get_rank(), size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("data",)))
+    finally:
+        dist.destroy_process_group()
+
+
+def sum_over_ranks(value: float, world: World) -> float:
+    """The sum of a number over all ranks."""
+    total = torch.tensor(value, dtype=torch.float64, device=world.device)
+    dist.all_reduce(total)
+    return float(total)
+
+
+def any_rank(flag: bool, world: World) -> bool:
+    """Whether the flag is set on any rank; every rank gets the same answer."""
+    return sum_over_ranks(float(flag), world) > 0

@@ -1,0 +1,35 @@
+"""A signal asks the loop to stop at the next step; a rank whose launcher died does not train on alone."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+from types import FrameType
+
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequest:
+    """Set by SIGTERM or SIGINT; the second signal ends the process at once."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, self._ask)
+
+    def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+        self.asked = True
+
+
+def die_with_parent() -> None:
+    """Ask the kernel for SIGTERM when the parent ends.
+
+    torchrun starts each rank in a session of its own, so killing torchrun would leave the ranks training (pytorch issue 113231).
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() == 1:
+        raise SystemExit("the launcher is gone")

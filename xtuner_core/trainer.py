@@ -1,0 +1,131 @@
+"""The training loop, on one screen; everything it uses is a named part of its own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from xtuner_core.adapters.lora import add_lora
+from xtuner_core.checkpoint import state, store
+from xtuner_core.config import SftConfig
+from xtuner_core.data.dataset import PackedDataset
+from xtuner_core.data.loader import Batch, load_step, steps_of
+from xtuner_core.errors import DataError, Interrupted
+from xtuner_core.guards import require_finite
+from xtuner_core.metrics import MetricsLog, StepMetrics, clock, memory, say
+from xtuner_core.models.load import load_model
+from xtuner_core.optim.optimizer import make_optimizer, set_learning_rate
+from xtuner_core.optim.schedule import learning_rate
+from xtuner_core.parallel.mesh import World, any_rank, sum_over_ranks
+from xtuner_core.parallel.shard import shard
+from xtuner_core.signals import StopRequest
+
+KEEP_CHECKPOINTS = 2
+FINAL = "final"
+
+
+def train(config: SftConfig, world: World, stop: StopRequest) -> None:
+    """Train to the last step, resuming from the newest whole checkpoint; leaves `work_dir/final` (trained tensors only).
+
+    Raises:
+        Interrupted: a signal came; a checkpoint of the last finished step was saved.
+        DataError: there is nothing to train on, or a loss or gradient is not finite.
+    """
+    dataset = PackedDataset(config.data_dir)
+    if len(dataset) == 0:
+        raise DataError(f"{config.data_dir}: no packs to train on.")
+    model, optimizer = build(config, world)
+    total = config.train.total_step or steps_of(len(dataset), config.train.epochs or 1, config.train.global_batch_size)
+    first = resume(config, model, optimizer, world)
+    log = MetricsLog(config.work_dir / "metrics.jsonl", world.rank)
+    run_started, run_tokens = clock(), 0
+    for step in range(first, total):
+        if any_rank(stop.asked, world):
+            save_checkpoint(config, model, optimizer, world, step)
+            raise Interrupted(f"stopped after step {step} of {total}; a checkpoint was saved, the same command continues from it.")
+        started = clock()
+        batches = load_step(dataset, step, config.train.global_batch_size, config.seed, world.rank, world.size)
+        loaded = clock()
+        set_learning_rate(optimizer, rate := learning_rate(step, total, config.train))
+        loss, grad_norm = train_step(model, optimizer, batches, config, world, step)
+        spent, tokens = clock() - loaded, sum(batch.tokens for batch in batches)
+        run_tokens += tokens
+        pace = (clock() - run_started) / (step + 1 - first)
+        used, reserved = memory(world.device)
+        slots = len(batches) * dataset.description["pack_length"]
+        log.write(StepMetrics(
+            step=step + 1, total_step=total, data_time=loaded - started, lr=rate, time=spent, text_tokens=tokens,
+            total_loss=loss, reduced_llm_loss=loss, max_memory=used, reserved_memory=reserved, grad_norm=grad_norm, tgs=tokens / spent,
+            e2e_tgs=run_tokens / (clock() - run_started), eta=pace * (total - step - 1), pack_efficiency=tokens / slots,
+        ))  # fmt: skip
+        if config.train.checkpoint_interval and (step + 1) % config.train.checkpoint_interval == 0 and step + 1 < total:
+            save_checkpoint(config, model, optimizer, world, step + 1)
+    facts = {"step": total, "seed": config.seed, "train": config.train.model_dump(mode="json")}
+    store.save(config.work_dir / FINAL, state.trained_tensors(model), facts, world)
+
+
+def train_step(
+    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batches: list[Batch], config: SftConfig, world: World, step: int
+) -> tuple[float, float]:
+    """One optimizer update; returns the loss per learned token over all ranks, and the gradient norm before clipping.
+
+    The loss is divided by the learned tokens of the whole step, so it and its gradient do not depend on how packs are dealt to
+    ranks and micro-batches. FSDP averages gradients over ranks, hence the factor `world.size`.
+    """
+    learned = sum_over_ranks(sum(batch.learned for batch in batches), world)
+    total = 0.0
+    for batch in batches:
+        loss = model.packed_loss(to_device(batch, world.device), config.train.loss_chunk)
+        (loss * (world.size / max(1.0, learned))).backward()
+        total += loss.detach()
+    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.train.max_grad_norm, foreach=True)
+    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+    mean_loss = sum_over_ranks(float(total), world) / max(1.0, learned)
+    require_finite(step + 1, mean_loss, grad_norm, [number for batch in batches for number in batch.documents])
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return mean_loss, grad_norm
+
+
+def build(config: SftConfig, world: World) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+    """Model with adapters and sharding, in this order, and its optimizer."""
+    model = load_model(config.model_dir, config.train)
+    model.train()
+    if config.train.method == "lora":
+        add_lora(model, config.train.lora, config.seed)
+    model.to(world.device)
+    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
+    say(world.rank, f"Total trainable parameters: {trained / 1e6:.1f}M, total parameters: {every / 1e6:.1f}M")
+    shard(model, world, config.train.dtype)
+    torch.manual_seed(config.seed * 1000 + world.rank)
+    return model, make_optimizer(model, config.train)
+
+
+def resume(config: SftConfig, model: PreTrainedModel, optimizer: torch.optim.Optimizer, world: World) -> int:
+    """Load the newest whole checkpoint if there is one; returns the number of steps that are done."""
+    folder = store.newest(config.work_dir)
+    if folder is None:
+        return 0
+    tensors = state.collect(model, optimizer, world)
+    store.load(folder, tensors)
+    state.restore(model, optimizer, world, tensors)
+    step = store.facts(folder)["step"]
+    say(world.rank, f"resumed from {folder.name}")
+    return step
+
+
+def save_checkpoint(config: SftConfig, model: PreTrainedModel, optimizer: torch.optim.Optimizer, world: World, step: int) -> None:
+    """Publish `checkpoints/step-N` and drop all but the newest few."""
+    folder: Path = config.work_dir / "checkpoints" / f"step-{step}"
+    store.save(folder, state.collect(model, optimizer, world), {"step": step}, world)
+    if world.rank == 0:
+        store.keep_newest(config.work_dir, KEEP_CHECKPOINTS)
+        say(world.rank, f"saved checkpoint {folder.name}")
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch with its tensors on the device."""
+    return Batch(*(value.to(device) if torch.is_tensor(value) else value for value in (getattr(batch, name) for name in Batch.__slots__)))
