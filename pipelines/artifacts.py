@@ -185,11 +185,12 @@ class Store:
         attempt = self.root / ".work" / f"{stage.name}-{key}"
         if not stage.resumable:
             remove(attempt)
-        work = Work({name: item.payload for name, item in inputs.items()}, attempt / "payload", attempt / "record", log)
-        work.payload.mkdir(parents=True, exist_ok=True)
-        work.record.mkdir(parents=True, exist_ok=True)
+        parts = {part: attempt / part for part in ("payload", "record", "scratch")}
+        for folder in parts.values():
+            folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        metrics = stage.run(recipe, work)
+        metrics = stage.run(recipe, Work({name: item.payload for name, item in inputs.items()}, **parts, log=log))
+        remove(parts["scratch"])
         manifest = {
             "schema": SCHEMA,
             "stage": stage.name,

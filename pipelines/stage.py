@@ -25,6 +25,8 @@ class Work:
     """Input name → payload directory of the artifact it stands for."""
     payload: Path
     record: Path
+    scratch: Path
+    """For a resumable stage's half-done work; not part of the artifact."""
     log: Log
 
 

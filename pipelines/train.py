@@ -1,0 +1,80 @@
+"""Stage train: the engine as a torchrun subprocess, followed, interruptible, resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipelines import launchers
+from pipelines.pictures import loss_curve
+from pipelines.processes import child, follow, tail
+from pipelines.recipe import Recipe
+from pipelines.stage import Metrics, Stage, Work
+from xtuner_core import registry
+from xtuner_core.config import SftConfig
+from xtuner_core.durable import remove, write_json
+from xtuner_core.errors import BUG, UserError, from_exit_code
+
+GRACE_SECONDS = 25
+"""Longer than the launcher's own shutdown, shorter than Prefect's 30 s."""
+
+
+def run(recipe: Recipe, work: Work) -> Metrics:
+    """Train; payload `checkpoint/` has the trained tensors, the record the full log, metrics and the loss curve.
+
+    Raises:
+        UserError: what the engine reported in its outcome file, or that it died without one.
+    """
+    launcher = registry.find(launchers, recipe.train.launcher)
+    config = SftConfig(
+        model_dir=work.inputs["base"] / "model", data_dir=work.inputs["data"], work_dir=work.scratch, seed=recipe.seed, train=recipe.train
+    )
+    config_file = work.record / "config.json"
+    write_json(config_file, config.model_dump(mode="json"))
+    outcome = work.scratch / "outcome.json"
+    remove(outcome)
+    log_file = work.record / "train.log"
+    processes = recipe.train.processes
+    with child(launcher.command(processes, config_file), log_file, launcher.environment(processes), GRACE_SECONDS) as running:
+        status = follow(running, lambda line: _relay(line, work))
+    if status != 0:
+        raise _failure(outcome, status, log_file)
+    remove(work.payload / "checkpoint")  # an attempt may have been killed just before it was published
+    os.rename(work.scratch / "final", work.payload / "checkpoint")
+    shutil.copyfile(work.scratch / "metrics.jsonl", work.record / "metrics.jsonl")
+    return _summary(work.record)
+
+
+def _relay(line: str, work: Work) -> None:
+    if line.startswith("[XTuner]"):
+        work.log(line.split("[INFO] ", 1)[-1])
+
+
+def _failure(outcome: Path, status: int, log_file: Path) -> UserError:
+    try:
+        told = json.loads(outcome.read_text(encoding="utf-8"))
+        return from_exit_code(told["code"], f"training: {told['message']}")
+    except (OSError, ValueError, KeyError):
+        last = tail(log_file, 25)
+        return from_exit_code(BUG, f"training ended with status {status} and no outcome. The end of {log_file}:\n{last}")
+
+
+def _summary(record: Path) -> Metrics:
+    rows = [json.loads(line) for line in (record / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    by_step = {row["step"]: row for row in rows}  # a resumed run repeats the steps after its checkpoint
+    steps = sorted(by_step)
+    losses = [by_step[step]["total_loss"] for step in steps]
+    loss_curve(steps, losses, record / "loss.png")
+    tokens = sum(by_step[step]["text_tokens"] for step in steps)
+    seconds = sum(by_step[step]["time"] + by_step[step]["data_time"] for step in steps)
+    return {"steps": len(steps), "first_loss": losses[0], "last_loss": losses[-1], "tokens": tokens, "tokens_per_second": tokens / seconds}
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    return {"train": recipe.train.model_dump(mode="json", exclude={"launcher", "checkpoint_interval"}), "seed": recipe.seed}
+
+
+STAGE = Stage(name="train", version=1, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "numpy"), resumable=True)
