@@ -1,7 +1,7 @@
-"""Child processes that never outlive us: own session, output to a file that is followed, killed as a group.
+"""Child processes that never outlive us: own session, output to a file that is followed, ended as a group.
 
-Why so: a pipe would kill the child with EPIPE when its reader dies, and torchrun starts every rank in a session of its own,
-so a signal must go to the launcher's group and each rank must watch its parent (PR_SET_PDEATHSIG).
+Why a file: a pipe would kill the child with EPIPE when its reader dies. Why a session: the terminal's Ctrl-C reaches only us,
+and we end the child in order. Why PR_SET_PDEATHSIG: it works even if we are killed with SIGKILL.
 """
 
 from __future__ import annotations
@@ -12,21 +12,23 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
-
+import psutil
 
 _PR_SET_PDEATHSIG = 1
 _LIBC = ctypes.CDLL(None, use_errno=True)
 POLL_SECONDS = 0.2
 
 
-def die_with_parent() -> None:
-    """In a freshly forked child: a new session, and SIGTERM when the parent thread ends."""
-    os.setsid()
+def die_with_parent(parent: int) -> None:
+    """In a child that process `parent` just forked: be sent SIGTERM when the thread that forked it ends."""
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the line above took effect; nobody will signal us any more
+        os._exit(128 + signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,9 +42,10 @@ class Child:
 
 @contextmanager
 def child(command: Sequence[str | Path], output: Path, env: Mapping[str, str], grace: float, cwd: Path | None = None) -> Iterator[Child]:
-    """Start `command` with stdout and stderr appended to `output`; however the block ends, no process of its group is left.
+    """Start `command` with stdout and stderr appended to `output`; however the block ends, none of its processes is left.
 
-    `grace`: seconds between SIGTERM and SIGKILL.
+    `grace`: seconds between SIGTERM and SIGKILL. Enter and leave the block in one thread: the child is signalled when the
+    thread that started it ends, not only when the whole process does.
     """
     with open(output, "ab") as sink:
         start = sink.tell()
@@ -53,7 +56,8 @@ def child(command: Sequence[str | Path], output: Path, env: Mapping[str, str], g
             stderr=subprocess.STDOUT,
             env=dict(env),
             cwd=cwd,
-            preexec_fn=die_with_parent,
+            start_new_session=True,
+            preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - it takes no lock: system calls only
         )
     try:
         yield Child(process, output, start)
@@ -62,26 +66,42 @@ def child(command: Sequence[str | Path], output: Path, env: Mapping[str, str], g
 
 
 def end_group(process: subprocess.Popen[bytes], grace: float) -> None:
-    """SIGTERM to the whole group, wait up to `grace` seconds for the leader, then SIGKILL what is left."""
-    if process.poll() is None:
-        _signal_group(process.pid, signal.SIGTERM)
-        try:
-            process.wait(grace)
-        except subprocess.TimeoutExpired:
-            pass
-    _signal_group(process.pid, signal.SIGKILL)
-    process.wait()
+    """SIGTERM to the group, up to `grace` seconds for its leader to end, then SIGKILL to all that is left.
+
+    A leader whose children are in sessions of their own (torchrun's ranks) must forward SIGTERM, as torchrun does: `grace` has to
+    be longer than it gives them. Killed are they too if the leader is still there, but not if it died and left them behind.
+    A second Ctrl-C cuts the grace short.
+    """
+    try:
+        if process.poll() is None:
+            _signal_group(process.pid, signal.SIGTERM)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(grace)
+    finally:
+        elsewhere = _descendants(process)
+        _signal_group(process.pid, signal.SIGKILL)
+        for orphan in elsewhere:
+            with suppress(psutil.Error):
+                orphan.kill()
+        process.wait()
+
+
+def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    """Children and their children, whatever their session; none if the process has ended (its number may be another's by now)."""
+    if process.poll() is not None:
+        return []
+    with suppress(psutil.Error):
+        return psutil.Process(process.pid).children(recursive=True)
+    return []
 
 
 def _signal_group(group: int, number: signal.Signals) -> None:
-    try:
+    with suppress(ProcessLookupError):
         os.killpg(group, number)
-    except ProcessLookupError:
-        pass
 
 
 def follow(running: Child, on_line: Callable[[str], None], timeout: float | None = None) -> int:
-    """Hand each line the child writes to `on_line` until it ends; returns its exit status.
+    """Hand each line the child writes to `on_line` until it ends; returns its exit status (of a progress bar, its last state).
 
     Polls, never blocks, so that a signal or a Prefect timeout gets through at once.
 
@@ -93,17 +113,22 @@ def follow(running: Child, on_line: Callable[[str], None], timeout: float | None
         stream.seek(running.start)
         rest = b""
         while True:
-            status = running.process.poll()
+            status = running.process.poll()  # before the read: what an ended process wrote is all there
             *lines, rest = (rest + stream.read()).split(b"\n")
             for line in lines:
-                on_line(line.decode(errors="replace").rstrip("\r"))
+                on_line(_shown(line))
             if status is not None:
                 if rest:
-                    on_line(rest.decode(errors="replace"))
+                    on_line(_shown(rest))
                 return status
             if deadline is not None and time.monotonic() > deadline:
                 raise TimeoutError(f"still running after {timeout:.0f} s")
             time.sleep(POLL_SECONDS)
+
+
+def _shown(line: bytes) -> str:
+    """What a terminal would show of a line in which a progress bar goes back to the start."""
+    return line.rstrip(b"\r").rpartition(b"\r")[2].decode(errors="replace")
 
 
 def tail(path: Path, lines: int = 20) -> str:
