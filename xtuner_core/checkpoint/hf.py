@@ -1,0 +1,115 @@
+"""Hugging Face model folders: written by transformers 5 so that 4.57 reads the same model, and inspected without loading weights.
+
+What transformers 4.57 does with an untouched folder of transformers 5 (each seen, none of it reported by 4.57 unless noted):
+rope parameters are looked up at the old place, so theta falls back to 10000; `TokenizersBackend` is unknown (an error); a list of
+`extra_special_tokens` is an error; `generate` is handed `token_type_ids` (an error).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from xtuner_core.durable import write_json
+from xtuner_core.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Json = dict[str, Any]
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str = "5GB") -> None:
+    """Write weights (safetensors, tied tensors once), config and generation config; run `make_portable` when the tokenizer is there too."""
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def make_portable(folder: Path) -> None:
+    """Edit the JSON files of a folder written by transformers 5 so that 4.57 and 5 load equal models; doing it twice changes nothing.
+
+    Also drops what depends on the machine that wrote it, so that equal models are equal bytes.
+    """
+    _rewrite(folder / "config.json", _portable_config)
+    _rewrite(folder / "tokenizer_config.json", _portable_tokenizer)
+    _rewrite(folder / "generation_config.json", lambda config: _without(config, "_from_model_config"))
+
+
+def _rewrite(file: Path, change: Callable[[Json], Json]) -> None:
+    if file.is_file():
+        write_json(file, change(json.loads(file.read_text(encoding="utf-8"))))
+
+
+def _without(config: Json, *names: str) -> Json:
+    return {name: value for name, value in config.items() if name not in names}
+
+
+def _portable_config(config: Json) -> Json:
+    nested = {name: _portable_config(value) for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)}
+    dtype = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
+    return config | nested | dtype | _old_rope(config.get("rope_parameters") or {})
+
+
+def _old_rope(rope: Json) -> Json:
+    """The same rotary embedding as 4.57 spells it; layer types with a rope each only as Gemma 3 has them."""
+    if "full_attention" in rope:
+        local = {"rope_local_base_freq": rope["sliding_attention"]["rope_theta"]} if "sliding_attention" in rope else {}
+        return _old_rope(rope["full_attention"]) | local
+    scaling = _without(rope, "rope_theta")
+    named = {name: rope[name] for name in ("rope_theta", "partial_rotary_factor") if name in rope}
+    return named | ({"rope_scaling": scaling} if rope.get("rope_type", "default") != "default" else {})
+
+
+def _portable_tokenizer(config: Json) -> Json:
+    result = _without(config, "backend", "is_local", "local_files_only")
+    if config.get("tokenizer_class") == "TokenizersBackend":
+        result["tokenizer_class"] = "PreTrainedTokenizerFast"
+    if isinstance(config.get("extra_special_tokens"), list):
+        result["additional_special_tokens"] = result.pop("extra_special_tokens")
+    return result | {"model_input_names": ["input_ids", "attention_mask"]}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files that make up the folder's weights, whether they exist or not.
+
+    Raises:
+        DataError: the index is not readable.
+    """
+    index = folder / INDEX
+    if not index.is_file():
+        return [folder / SINGLE]
+    try:
+        return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise DataError(f"{index}: not a weight index ({error}). Copy the model folder again.") from None
+
+
+def missing_files(folder: Path) -> list[str]:
+    """What the folder lacks to be a complete model: config, tokenizer or weight files."""
+    needed = [folder / "config.json", folder / "tokenizer.json", *weight_files(folder)]
+    return [file.name for file in needed if not file.is_file()]
+
+
+def weight_keys(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name → (shape, safetensors dtype such as `BF16`) of every tensor, from the file headers alone.
+
+    Raises:
+        DataError: a weight file is missing or its header is damaged.
+    """
+    return {name: described for file in weight_files(folder) for name, described in _header(file).items()}
+
+
+def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="np") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except FileNotFoundError:
+        raise DataError(f"{file}: missing. Copy the model folder again.") from None
+    except SafetensorError as error:
+        raise DataError(f"{file}: not a whole safetensors file ({error}). Copy it again.") from None
