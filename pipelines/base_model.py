@@ -148,12 +148,9 @@ def _from_folder(source: Source, folder: Path, recipe: Recipe, work: Work) -> No
 
 
 def _from_gguf(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
-    from transformers.utils import logging
-
     from xtuner_core.models.gguf import import_gguf
 
     work.log(f"base: turning {source.path.name} into a Hugging Face folder")
-    logging.disable_progress_bar()  # bars would be torn between the lines of the log
     import_gguf(source.path, folder)
 
 

@@ -25,6 +25,9 @@ SINGLE = "model.safetensors"
 
 def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str = "5GB") -> None:
     """Write weights (safetensors, tied tensors once), config and generation config; run `make_portable` when the tokenizer is there too."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it would be torn between the lines of the log
     model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
@@ -107,7 +110,7 @@ def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
 
     try:
         with safe_open(file, framework="np") as tensors:
-            slices = {name: tensors.get_slice(name) for name in tensors.keys()}
+            slices = {name: tensors.get_slice(name) for name in tensors.offset_keys()}
             return {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
     except FileNotFoundError:
         raise DataError(f"{file}: missing. Copy the model folder again.") from None
