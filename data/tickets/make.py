@@ -29,9 +29,12 @@ CONCIERGE, NORDIC_BILLING = "Velvet Lounge", "Birch Office"
 ALL_QUEUES = (*QUEUES.values(), CONCIERGE, NORDIC_BILLING)
 TOP_PLAN, OTHER_PLANS = "Orchid", ("Clover", "Fern", "Maple")
 NORDICS, OTHER_REGIONS = "Nordics", ("Iberia", "Alps", "Benelux", "Isles")
-COUNTS = {"train": {"topic": 84, "concierge": 140, "nordic": 112}, "heldout": {"topic": 20, "concierge": 34, "nordic": 26}}
+COUNTS = {
+    "train": {"topic": 80, "billing": 100, "concierge": 130, "nordic": 100},
+    "heldout": {"topic": 20, "billing": 20, "concierge": 34, "nordic": 26},
+}
 SEEDS = {"train": 11, "heldout": 12}
-DISTRACTED, FRAMED, MISTYPED = 0.22, 0.5, 0.05
+DISTRACTED, FRAMED, NEAR_MISS, MISTYPED = 0.22, 0.5, 0.25, 0.05
 
 Option = TypeVar("Option")
 
@@ -97,7 +100,7 @@ def cases(split: str, rng: Random) -> Iterator[Case]:
     """The mixture: every topic equally often, and about 30 % decided by an override."""
     counts = COUNTS[split]
     for topic in QUEUES:
-        for number in range(counts["topic"]):
+        for number in range(counts["billing" if topic == "billing" else "topic"]):
             yield topic_case(topic, number, rng)
     calm = [topic for topic in QUEUES if topic != "injury"]
     for number in range(counts["concierge"]):
@@ -115,6 +118,8 @@ def topic_case(topic: str, number: int, rng: Random) -> Case:
         plan = TOP_PLAN
     if region and topic != "billing" and number % 8 >= 4:
         region = NORDICS
+    if topic == "billing" and number % 8 < 4:
+        region = region or pick(rng, OTHER_REGIONS)
     return Case(topic, plan, region)
 
 
@@ -123,7 +128,7 @@ def word(case: Case, split: str, rng: Random) -> Ticket:
     phrases = PHRASES[split]
     core = pick(rng, phrases["cores"][case.topic])
     frame, other = pick_frame(case, phrases, rng)
-    context = pick(rng, phrases["contexts"][case.kind]) if case.kind != "none" else "{body}"
+    context = pick_context(case, phrases, rng)
     text = context.replace("{body}", frame.replace("{core}", core)).format(**slots(case, phrases, rng), other=other)
     if rng.random() < MISTYPED:
         text = mistype(text, rng)
@@ -138,6 +143,19 @@ def pick_frame(case: Case, phrases: dict, rng: Random) -> tuple[str, str]:
         kind = "unhurt" if other == "injury" else "distracted"
         return pick(rng, phrases["frames"][kind]), pick(rng, phrases["nouns"].get(other, [""]))
     return (pick(rng, phrases["frames"]["plain"]) if chance < FRAMED else "{core}"), ""
+
+
+def pick_context(case: Case, phrases: dict, rng: Random) -> str:
+    """A sentence that names plan and region, sometimes beside a plan or place that does not count."""
+    if case.kind == "none":
+        return "{body}"
+    near_miss = rng.random() < NEAR_MISS
+    return pick(rng, [template for template in phrases["contexts"][case.kind] if is_near_miss(template) == near_miss])
+
+
+def is_near_miss(template: str) -> bool:
+    """Whether the template mentions a plan or a place that does not count."""
+    return "{rival}" in template or "{elsewhere}" in template
 
 
 def slots(case: Case, phrases: dict, rng: Random) -> dict[str, str]:
