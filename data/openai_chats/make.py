@@ -15,16 +15,40 @@ HERE = Path(__file__).resolve().parent
 
 # (thing, what it is, what follows from it)
 THINGS = (
-    ("a tide", "the slow rise and fall of the sea, twice on most days", "The moon pulls the water towards itself, and the turning Earth carries every coast through the bulge"),
+    (
+        "a tide",
+        "the slow rise and fall of the sea, twice on most days",
+        "The moon pulls the water towards itself, and the turning Earth carries every coast through the bulge",
+    ),
     ("yeast", "a living fungus too small to see", "It eats sugar and breathes out gas, and that gas is what lifts bread dough"),
     ("an echo", "sound that comes back from a hard surface", "The longer you wait for it, the further away the wall or the cliff is"),
-    ("rust", "what iron turns into when it meets water and air", "Paint or oil keeps both away, so a painted gate lasts longer than a bare one"),
-    ("a library", "a place that lends books so that nobody has to own them all", "Most also lend films, have quiet desks, and help people to find out things"),
-    ("compost", "kitchen and garden waste that has rotted into dark soil", "It feeds plants and holds water, and it costs nothing but patience"),
-    ("a shadow", "the place that light does not reach because something stands in the way", "It is long in the morning and short at noon, because the sun climbs"),
+    (
+        "rust",
+        "what iron turns into when it meets water and air",
+        "Paint or oil keeps both away, so a painted gate lasts longer than a bare one",
+    ),
+    (
+        "a library",
+        "a place that lends books so that nobody has to own them all",
+        "Most also lend films, have quiet desks, and help people to find out things",
+    ),
+    (
+        "compost",
+        "kitchen and garden waste that has rotted into dark soil",
+        "It feeds plants and holds water, and it costs nothing but patience",
+    ),
+    (
+        "a shadow",
+        "the place that light does not reach because something stands in the way",
+        "It is long in the morning and short at noon, because the sun climbs",
+    ),
     ("a glacier", "a river of ice that moves a few steps a day", "It carries stones along and grinds out wide valleys on its way down"),
     ("inflation", "a general rise in prices", "The same coin buys less bread than last year, so savings that earn nothing slowly shrink"),
-    ("an orbit", "the path of one body around another", "It is a fall that always misses, because the body also moves sideways fast enough"),
+    (
+        "an orbit",
+        "the path of one body around another",
+        "It is a fall that always misses, because the body also moves sideways fast enough",
+    ),
     ("a fable", "a short story that ends with a lesson", "Its heroes are often animals, so that nobody in the room feels accused"),
     ("a bridge", "a road that stands in the air", "Its weight has to end in the ground, through arches, cables or pillars"),
 )
@@ -33,8 +57,14 @@ ADVICE = (
     ("sleep better", ("Go to bed at the same hour", "keep the room dark and cool", "leave the phone in the kitchen")),
     ("learn a language", ("Speak a little every day", "read children's books first", "write new words down in whole sentences")),
     ("keep a houseplant alive", ("Water it only when the soil feels dry", "give it a bright window", "turn the pot once a week")),
-    ("prepare for an interview", ("Read what the company does", "practise two short stories about your work", "bring a question of your own")),
-    ("save electricity at home", ("Switch off what nobody uses", "wash at a low temperature", "let warm food cool before it goes into the fridge")),
+    (
+        "prepare for an interview",
+        ("Read what the company does", "practise two short stories about your work", "bring a question of your own"),
+    ),
+    (
+        "save electricity at home",
+        ("Switch off what nobody uses", "wash at a low temperature", "let warm food cool before it goes into the fridge"),
+    ),
     ("write a clear letter", ("Say what you want in the first line", "use short sentences", "read it aloud before you send it")),
     ("start running", ("Begin with a slow kilometre", "rest a day in between", "buy shoes that fit before anything else")),
     ("cook for guests", ("Choose a dish you have made before", "cut everything in the morning", "ask early who does not eat meat")),
@@ -71,27 +101,92 @@ ODD_ONES = (
 )
 # (question, answer, follow-up, second answer)
 DIALOGUES = (
-    ("How many legs does a spider have?", "A spider has eight legs.", "And an insect?", "An insect has six, which is the easiest way to tell the two apart."),
-    ("What should I plant in spring?", "Peas and lettuce do well early, because a cool night does not harm them.", "And tomatoes?", "Wait until the last frost has passed; a single cold night can kill them."),
-    ("Suggest a name for a bakery.", "How about 'The Early Crumb'?", "Something shorter?", "Then 'Crumb' alone: it is easy to say and fits on a small sign."),
-    ("Is a tomato a fruit?", "For a botanist, yes: it grows from a flower and holds seeds.", "And for a cook?", "A cook calls it a vegetable, because it goes into salads and sauces."),
+    (
+        "How many legs does a spider have?",
+        "A spider has eight legs.",
+        "And an insect?",
+        "An insect has six, which is the easiest way to tell the two apart.",
+    ),
+    (
+        "What should I plant in spring?",
+        "Peas and lettuce do well early, because a cool night does not harm them.",
+        "And tomatoes?",
+        "Wait until the last frost has passed; a single cold night can kill them.",
+    ),
+    (
+        "Suggest a name for a bakery.",
+        "How about 'The Early Crumb'?",
+        "Something shorter?",
+        "Then 'Crumb' alone: it is easy to say and fits on a small sign.",
+    ),
+    (
+        "Is a tomato a fruit?",
+        "For a botanist, yes: it grows from a flower and holds seeds.",
+        "And for a cook?",
+        "A cook calls it a vegetable, because it goes into salads and sauces.",
+    ),
     ("What is half of ninety?", "Half of ninety is forty-five.", "And a third?", "A third of ninety is thirty."),
-    ("Which is bigger, a lake or a pond?", "A lake is bigger and deeper.", "Is there a fixed limit?", "No, people draw the line in different places, and many ponds are called lakes."),
-    ("Why do leaves fall in autumn?", "A tree saves water in winter, so it lets go of its leaves.", "Why do they turn yellow first?", "The tree takes the green colour back into its wood, and the yellow beneath it shows."),
-    ("Write a line about rain.", "The rain counts the roofs and starts again.", "Now one about snow.", "The snow says nothing and covers the question."),
+    (
+        "Which is bigger, a lake or a pond?",
+        "A lake is bigger and deeper.",
+        "Is there a fixed limit?",
+        "No, people draw the line in different places, and many ponds are called lakes.",
+    ),
+    (
+        "Why do leaves fall in autumn?",
+        "A tree saves water in winter, so it lets go of its leaves.",
+        "Why do they turn yellow first?",
+        "The tree takes the green colour back into its wood, and the yellow beneath it shows.",
+    ),
+    (
+        "Write a line about rain.",
+        "The rain counts the roofs and starts again.",
+        "Now one about snow.",
+        "The snow says nothing and covers the question.",
+    ),
 )
 # (request, an answer of four sentences or so)
 LONGER = (
-    ("Tell a short story about a lighthouse.", "The keeper lit the lamp every evening, although no ship had passed for years. One night a fisherman knocked and asked for the way. 'You are here,' said the keeper, and poured him tea. From then on he lit two lamps, one for the sea and one for the road."),
-    ("Describe a market in the morning.", "The first vans arrive while it is still dark, and crates of cabbages slide over the stones. A baker sells warm rolls to the people who are setting up. By eight the square is loud and smells of coffee and wet flowers. At noon only a few leaves and a sparrow are left."),
-    ("Why is the sky blue?", "Sunlight is a mixture of all colours. The air scatters its blue part far more than its red part, so blue reaches our eyes from every direction. In the evening the light crosses more air on its way to us. Most of the blue is lost by then, and the sunset looks red."),
-    ("Give an argument for and against school uniforms.", "A uniform hides who has money and who does not, and it saves a quarrel every morning. On the other hand, clothes are one of the few things that a young person may choose. A fair middle way is a rule about colours only. Whatever a school decides, it should ask the pupils first."),
-    ("Explain how to boil an egg.", "Bring water to the boil and lower the egg into it with a spoon. Six minutes give a soft yolk, and nine a firm one. Then hold the egg under cold water, so that it stops cooking and peels easily. Very fresh eggs are harder to peel than those that are a week old."),
-    ("Summarise the story of the ant and the grasshopper.", "All summer an ant carries grain into her nest while a grasshopper sings. When winter comes, the grasshopper is hungry and asks for food. The ant reminds him of the summer. The lesson is that the time to prepare is before the need."),
-    ("How does a bicycle stay upright?", "A rolling bicycle that starts to lean turns its front wheel into the lean by itself. That steers the wheels back under the rider. The faster it rolls, the stronger this effect becomes. At a walking pace the rider has to help, which is why beginners wobble."),
-    ("Write a short note to a neighbour about a noisy party.", "Dear neighbour, on Saturday we are celebrating my mother's birthday in the garden. It may be loud until eleven, and we will be quiet after that. Please ring the bell if it is too much for you. Better still, come over and have a piece of cake."),
-    ("What makes a good team?", "A good team knows what it wants to reach and who does which part. Its members say early when something goes wrong, because nobody is punished for bad news. They disagree about ideas without attacking each other. And they stop now and then to ask what they could do better."),
-    ("Describe the life of a butterfly.", "A butterfly begins as an egg on a leaf. The caterpillar that hatches eats and grows for some weeks and sheds its skin several times. Then it hangs itself up and becomes a chrysalis, inside which its body is built anew. At last the butterfly breaks out, lets its wings dry, and flies."),
+    (
+        "Tell a short story about a lighthouse.",
+        "The keeper lit the lamp every evening, although no ship had passed for years. One night a fisherman knocked and asked for the way. 'You are here,' said the keeper, and poured him tea. From then on he lit two lamps, one for the sea and one for the road.",
+    ),
+    (
+        "Describe a market in the morning.",
+        "The first vans arrive while it is still dark, and crates of cabbages slide over the stones. A baker sells warm rolls to the people who are setting up. By eight the square is loud and smells of coffee and wet flowers. At noon only a few leaves and a sparrow are left.",
+    ),
+    (
+        "Why is the sky blue?",
+        "Sunlight is a mixture of all colours. The air scatters its blue part far more than its red part, so blue reaches our eyes from every direction. In the evening the light crosses more air on its way to us. Most of the blue is lost by then, and the sunset looks red.",
+    ),
+    (
+        "Give an argument for and against school uniforms.",
+        "A uniform hides who has money and who does not, and it saves a quarrel every morning. On the other hand, clothes are one of the few things that a young person may choose. A fair middle way is a rule about colours only. Whatever a school decides, it should ask the pupils first.",
+    ),
+    (
+        "Explain how to boil an egg.",
+        "Bring water to the boil and lower the egg into it with a spoon. Six minutes give a soft yolk, and nine a firm one. Then hold the egg under cold water, so that it stops cooking and peels easily. Very fresh eggs are harder to peel than those that are a week old.",
+    ),
+    (
+        "Summarise the story of the ant and the grasshopper.",
+        "All summer an ant carries grain into her nest while a grasshopper sings. When winter comes, the grasshopper is hungry and asks for food. The ant reminds him of the summer. The lesson is that the time to prepare is before the need.",
+    ),
+    (
+        "How does a bicycle stay upright?",
+        "A rolling bicycle that starts to lean turns its front wheel into the lean by itself. That steers the wheels back under the rider. The faster it rolls, the stronger this effect becomes. At a walking pace the rider has to help, which is why beginners wobble.",
+    ),
+    (
+        "Write a short note to a neighbour about a noisy party.",
+        "Dear neighbour, on Saturday we are celebrating my mother's birthday in the garden. It may be loud until eleven, and we will be quiet after that. Please ring the bell if it is too much for you. Better still, come over and have a piece of cake.",
+    ),
+    (
+        "What makes a good team?",
+        "A good team knows what it wants to reach and who does which part. Its members say early when something goes wrong, because nobody is punished for bad news. They disagree about ideas without attacking each other. And they stop now and then to ask what they could do better.",
+    ),
+    (
+        "Describe the life of a butterfly.",
+        "A butterfly begins as an egg on a leaf. The caterpillar that hatches eats and grows for some weeks and sheds its skin several times. Then it hangs itself up and becomes a chrysalis, inside which its body is built anew. At last the butterfly breaks out, lets its wings dry, and flies.",
+    ),
 )
 # Lines with letters beyond ASCII: a byte tokenizer splits them, and nothing may cut a character in half.
 BEYOND_ASCII = (
@@ -106,7 +201,10 @@ BEYOND_ASCII = (
     ("日本で一番高い山は何ですか。", "富士山です。高さは三千七百メートルを超えます。"),
     ("Write the temperature of boiling water with its sign.", "At sea level, water boils at 100 °C."),
     ("Как называется самая длинная река Европы?", "Самая длинная река Европы — Волга."),
-    ("Which letter is π, and what does it stand for?", "π is the Greek letter p. It stands for a circle's length divided by its width, about 3.14."),
+    (
+        "Which letter is π, and what does it stand for?",
+        "π is the Greek letter p. It stands for a circle's length divided by its width, about 3.14.",
+    ),
 )
 # (question, short answer): not in training in any form
 HELDOUT = (
@@ -137,10 +235,14 @@ def conversation(*turns: str) -> list[dict[str, str]]:
 def train() -> Iterator[list[dict[str, str]]]:
     for thing, what, more in THINGS:
         explained = f"{thing.capitalize()} is {what}. {more}."
-        yield conversation(f"Explain {thing} to a curious child.", explained, "Now in one short sentence.", f"{thing.capitalize()} is {what}.")
+        yield conversation(
+            f"Explain {thing} to a curious child.", explained, "Now in one short sentence.", f"{thing.capitalize()} is {what}."
+        )
     for goal, (first, second, third) in ADVICE:
         tips = f"1. {first}.\n2. {second.capitalize()}.\n3. {third.capitalize()}."
-        yield conversation(f"Give me three tips to {goal}.\n", tips, "Which one comes first?", f"{first}. The other two are easier once that works.")
+        yield conversation(
+            f"Give me three tips to {goal}.\n", tips, "Which one comes first?", f"{first}. The other two are easier once that works."
+        )
         yield conversation(f"How can I {goal}?", f"{first}, and {second}. If you do only one more thing, {third}.")
     for plain, polite, short in REWRITES:
         yield conversation(f"Make this sentence polite: {plain}", polite)
