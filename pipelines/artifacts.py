@@ -109,6 +109,10 @@ class Store:
         _check(artifact, full)
         return artifact
 
+    def folders(self) -> list[Path]:
+        """Every published artifact."""
+        return sorted(path.parent for path in self.root.glob("[!.]*/*/manifest.json"))
+
     def newest(self, stage: str) -> Artifact | None:
         """The artifact of this stage that was made last, to tell what changed since."""
         made = []

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from xtuner_core.config import LoraConfig
+from xtuner_core.durable import write_json
 from xtuner_core.errors import RecipeError
 
 ADAPTER = "default"
@@ -37,3 +43,21 @@ def add_lora(model: PreTrainedModel, lora: LoraConfig, seed: int) -> None:
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+
+
+def save_adapter(tensors: Mapping[str, torch.Tensor], lora: LoraConfig, base: str, folder: Path) -> None:
+    """Write trained adapter tensors, named as in the model, as a folder that peft loads; `base` names the base model for readers."""
+    folder.mkdir(parents=True)
+    config = peft_config(lora)
+    config.base_model_name_or_path = base
+    config.inference_mode = True
+    config.target_modules = sorted({name.split(".lora_")[0].rsplit(".", 1)[-1] for name in tensors})
+    write_json(folder / "adapter_config.json", _jsonable(config.to_dict()))
+    named = {f"base_model.model.{name.replace(f'.{ADAPTER}.', '.')}": tensors[name].contiguous() for name in sorted(tensors)}
+    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _jsonable(tree: Any) -> Any:
+    if isinstance(tree, dict):
+        return {key: _jsonable(value) for key, value in tree.items()}
+    return sorted(tree) if isinstance(tree, set) else getattr(tree, "value", tree)

@@ -17,6 +17,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
 
 from xtuner_core.durable import publish, remove, write_json
+from xtuner_core.errors import DataError
 from xtuner_core.parallel.mesh import World
 
 
@@ -77,3 +78,18 @@ def _digests(folder: Path) -> dict[str, str]:
         with open(path, "rb") as handle:
             digests[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
     return digests
+
+
+def load_whole(folder: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint of any world size, unsharded, in this one process.
+
+    Raises:
+        DataError: a tensor file is missing or its bytes changed since it was saved.
+    """
+    if not is_whole(folder):
+        raise DataError(f"{folder}: the checkpoint is damaged or incomplete. Run the training stage again.")
+    reader = HuggingFaceStorageReader(str(folder / "tensors"))
+    described = reader.read_metadata().state_dict_metadata
+    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}
+    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "tensors")), no_dist=True)
+    return tensors

@@ -1,0 +1,91 @@
+"""`finetune-flow`: prepare → train → convert → eval → chat under Prefect.
+
+As a program (`python -m flows.finetune RECIPE`, what `xtuner run` starts) it runs the flow here, on a temporary server unless
+PREFECT_API_URL names one, prints the table, and exits with the documented code.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+from cyclopts import App, Parameter
+from prefect import State, flow
+from prefect.artifacts import create_markdown_artifact
+from prefect.states import Completed, Failed
+
+from flows.caching import failed
+from flows.reporting import page, summarize, table
+from flows.tasks import TASKS
+from pipelines.artifacts import Artifact, Result, Store
+from pipelines.pipeline import PIPELINE
+from pipelines.recipe import Recipe, load_recipe
+from xtuner_core.durable import write_json
+from xtuner_core.errors import BUG, DataError, Interrupted, UserError
+
+
+@flow(name="finetune-flow", flow_run_name="{recipe.name}", persist_result=False, log_prints=False)
+def finetune_flow(recipe: Recipe, store: Path = Path("artifacts")) -> State[Any]:
+    """Fine-tune the recipe's model, judge it and talk to it; every stage whose artifact is whole is shown as `Cached`.
+
+    Args:
+        recipe: The whole run.
+        store: Directory of the artifact store, on the machine that runs the flow.
+    """
+    results: dict[str, Result] = {}
+    made: dict[str, Artifact] = {}
+    for node in PIPELINE:
+        state = TASKS[node.name](recipe, Store(store), made, return_state=True)
+        outcome = state.result(raise_on_failure=False)
+        if not isinstance(outcome, Result):
+            return failed(outcome) if isinstance(outcome, UserError) else state
+        results[node.name], made[node.name] = outcome, outcome.artifact
+    summary = summarize(recipe, results)
+    create_markdown_artifact(page(summary, results), key="finetune-report", description=recipe.name)
+    if not summary["ok"]:
+        reason = f"the model was made, but the chat test failed: {'; '.join(summary['chat']['why'])}."
+        return Failed(message=reason, data=(summary, table(summary, results)))
+    return Completed(message="all stages are whole", data=(summary, table(summary, results)))
+
+
+def run(recipe: str, *, overrides: Annotated[list[str] | None, Parameter("--set")] = None, store: Path = Path("artifacts"), json: Path | None = None) -> int:
+    """Run the flow once and report; returns the exit code."""
+    try:
+        state = finetune_flow(load_recipe(recipe, overrides or []), store.resolve(), return_state=True)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; finished stages are kept, run the same command again to continue.", file=sys.stderr)
+        return Interrupted.exit_code
+    outcome = state.result(raise_on_failure=False)
+    if not isinstance(outcome, tuple):
+        print(f"error: {state.message}", file=sys.stderr)
+        return outcome.exit_code if isinstance(outcome, UserError) else BUG
+    summary, text = outcome
+    if json:
+        write_json(json, summary)
+    print(f"\n{text}\n")
+    if not summary["ok"]:
+        print(f"error: {state.message}", file=sys.stderr)
+        return DataError.exit_code
+    print(f"Talk to it: xtuner chat {_model(summary)}")
+    return 0
+
+
+def _model(summary: dict[str, Any]) -> Path:
+    convert = next(stage for stage in summary["stages"] if stage["name"] == "convert")
+    return Path(convert["artifact"]) / "payload" / "model"
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
+    program = App(name="python -m flows.finetune", default_command=run)
+    sys.exit(program(result_action="return_value"))

@@ -1,0 +1,73 @@
+"""What a run tells at its end: a summary for programs, a table for the terminal, a page for the Prefect UI."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipelines.artifacts import Result
+from pipelines.pipeline import STAGES
+from pipelines.recipe import Recipe
+
+
+def summarize(recipe: Recipe, results: Mapping[str, Result]) -> dict[str, Any]:
+    """The run as JSON: stages, scores, chat and whether all is well."""
+    chat = results["chat"].artifact.metrics
+    return {
+        "recipe": recipe.name,
+        "stages": [_stage(name, results[name]) for name in STAGES],
+        "support": [_stage(name, result) for name, result in results.items() if name not in STAGES],
+        "scores": {"base": results["eval-base"].artifact.metrics["scores"], "tuned": results["eval"].artifact.metrics["scores"]},
+        "chat": {"passed": chat["passed"], "total": chat["total"], "why": chat["why"]},
+        "ok": chat["ok"],
+    }
+
+
+def _stage(name: str, result: Result) -> dict[str, Any]:
+    state = "cached" if result.cached else "ran"
+    manifest = result.artifact.manifest
+    return {"name": name, "key": manifest["key"], "state": state, "seconds": round(result.seconds, 2), "artifact": str(result.artifact.path)}
+
+
+def table(summary: Mapping[str, Any], results: Mapping[str, Result]) -> str:
+    """The markdown table of stages, with what each of them has to say."""
+    rows = ["| stage | state | seconds | result |", "|---|---|--:|---|"]
+    for stage in summary["stages"]:
+        rows.append(f"| {stage['name']} | {stage['state']} | {stage['seconds']:.1f} | {_result(stage['name'], summary, results)} |")
+    return "\n".join(rows)
+
+
+def _result(name: str, summary: Mapping[str, Any], results: Mapping[str, Result]) -> str:
+    metrics = results[name].artifact.metrics
+    match name:
+        case "prepare":
+            return f"{metrics['accepted']} conversations, {metrics['tokens']} tokens in {metrics['packs']} packs ({metrics['pack_efficiency']:.1%} full)"
+        case "train":
+            return f"{metrics['steps']} steps, loss {metrics['first_loss']:.3f} → {metrics['last_loss']:.3f}"
+        case "convert":
+            return f"{metrics['tensors']} tensors verified, {metrics['next_token_agreement']:.1%} of next tokens kept"
+        case "eval":
+            base, tuned = summary["scores"]["base"], summary["scores"]["tuned"]
+            return ", ".join(f"{dataset}: base {base[dataset]:.1f} % → tuned {tuned[dataset]:.1f} %" for dataset in tuned)
+        case _:
+            why = "".join(f"; {reason}" for reason in summary["chat"]["why"])
+            return f"{metrics['passed']} of {metrics['total']} answers right{why}"
+
+
+def page(summary: Mapping[str, Any], results: Mapping[str, Result]) -> str:
+    """The markdown artifact: table, loss curve, three answers."""
+    curve = _picture(results["train"].artifact.record / "loss.png")
+    answers = "\n".join(_answer(answer) for answer in results["chat"].artifact.metrics["answers"])
+    model = results["convert"].artifact.payload / "model"
+    return f"# {summary['recipe']}\n\n{table(summary, results)}\n\n{curve}\n\n## Answers\n\n{answers}\n\nTalk to it: `xtuner chat {model}`\n"
+
+
+def _picture(path: Path) -> str:
+    return f"![training loss](data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()})"
+
+
+def _answer(answer: Mapping[str, Any]) -> str:
+    asked = answer["messages"][-1]["content"].replace("\n", " ")
+    return f"- **{asked}** → {answer['answer'].strip() or '(nothing)'} {'✓' if answer['correct'] else '✗ expected ' + answer['expected']}"

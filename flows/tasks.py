@@ -1,0 +1,34 @@
+"""One thin task for each node of the pipeline; the work is in `pipelines`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import State, Task, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+
+from flows.caching import failed, finished
+from pipelines.artifacts import Artifact, Store
+from pipelines.pipeline import PIPELINE, Node
+from pipelines.recipe import Recipe
+from pipelines.runner import run_node
+from xtuner_core.errors import UserError, from_os_error
+
+
+def task_of(node: Node) -> Task[..., Any]:
+    """The Prefect task that makes the node's artifact or finds it."""
+
+    @task(name=node.name, task_run_name=node.name, cache_policy=NO_CACHE, persist_result=False)
+    def make(recipe: Recipe, store: Store, made: dict[str, Artifact]) -> State[Any]:
+        log = get_run_logger()
+        try:
+            return finished(run_node(node, recipe, store, made, log.info))
+        except UserError as error:
+            return failed(error)
+        except OSError as error:
+            return failed(from_os_error(error))
+
+    return make
+
+
+TASKS = {node.name: task_of(node) for node in PIPELINE}

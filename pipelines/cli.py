@@ -1,0 +1,238 @@
+"""The `xtuner` command. Every command imports what it needs when it runs, so that help and plan answer at once."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import traceback
+from pathlib import Path
+from types import FrameType
+from typing import Annotated
+
+from cyclopts import App, CycloptsError, Group, Parameter
+
+from xtuner_core.errors import BUG, RecipeError, UserError, from_os_error
+
+INTERRUPTED = 75
+
+_STAGES = Group("One stage (and what it needs), without Prefect")
+app = App(
+    name="xtuner",
+    help="Fine-tune a language model: prepare → train → convert → eval → chat, a verifiable artifact after every stage.",
+    version_flags=["--version"],
+)
+env = App(name="env", help="Environments of tools whose pins contradict ours (OpenCompass).")
+app.command(env)
+
+RecipeName = Annotated[str, Parameter(help="A shipped recipe's name (see list-cfg), or a YAML file.")]
+Overrides = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="Change a field, e.g. train.total_step=20; repeatable.")]
+StoreDir = Annotated[Path, Parameter(help="Artifact store.")]
+DEFAULT_STORE = Path("artifacts")
+
+
+@app.command(name="list-cfg")
+def list_cfg(*, pattern: Annotated[str, Parameter(name=["--pattern", "-p"])] = "") -> None:
+    """List the shipped recipes."""
+    from pipelines.recipe import load_recipe, shipped_names
+
+    for name in shipped_names():
+        if pattern in name:
+            print(f"{name}\n    {load_recipe(name).description}")
+
+
+@app.command(name="copy-cfg")
+def copy_cfg(name: str, folder: Path) -> None:
+    """Copy a shipped recipe to FOLDER/NAME_copy.yaml, to change it there."""
+    from pipelines.recipe import recipe_file
+
+    source = recipe_file(name)
+    target = folder / f"{source.stem}_copy.yaml"
+    if target.exists():
+        raise RecipeError(f"{target} exists already; move it away or choose another folder.")
+    folder.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(source, target)
+    print(target)
+
+
+@app.command
+def plan(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
+    """Say which stages are cached, which will run and why, and which depend on one that will run."""
+    from pipelines.artifacts import Store
+    from pipelines.pipeline import plan as make_plan
+    from pipelines.recipe import load_recipe
+
+    for step in make_plan(load_recipe(recipe, overrides or []), Store(store)):
+        print(f"{step.node.name:<10} {step.state:<9} {step.why}")
+
+
+@app.command
+def run(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE, json: Path | None = None) -> None:
+    """Run the whole flow under Prefect (a temporary server, unless PREFECT_API_URL names one).
+
+    Parameters
+    ----------
+    json
+        Write stages, scores and the verdict to this file.
+    """
+    from pipelines.recipe import load_recipe
+
+    load_recipe(recipe, overrides or [])  # a wrong recipe is told before Prefect starts
+    options = [f"--set={override}" for override in overrides or []] + [f"--store={store}"] + ([f"--json={json}"] if json else [])
+    command = [sys.executable, "-m", "flows.finetune", recipe, *options]
+    sys.stdout.flush()
+    os.execv(sys.executable, command)
+
+
+def _stage(name: str, recipe: str, overrides: list[str] | None, store: Path) -> None:
+    from pipelines.artifacts import Store
+    from pipelines.recipe import load_recipe
+    from pipelines.runner import run_until
+
+    result = run_until(name, load_recipe(recipe, overrides or []), Store(store), lambda message: print(message, flush=True))
+    for field, value in result.artifact.metrics.items():
+        if isinstance(value, (int, float, str)):
+            print(f"  {field}: {value}")
+
+
+@app.command(group=_STAGES)
+def prepare(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
+    """Files of conversations → packed token ids with loss masks, and a report."""
+    _stage("prepare", recipe, overrides, store)
+
+
+@app.command(group=_STAGES)
+def train(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
+    """Packed data → trained weights, by torchrun; resumes an interrupted run."""
+    _stage("train", recipe, overrides, store)
+
+
+@app.command(group=_STAGES)
+def convert(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
+    """Trained weights → adapter and merged Hugging Face folder, verified."""
+    _stage("convert", recipe, overrides, store)
+
+
+@app.command(name="eval", group=_STAGES)
+def evaluate(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
+    """Judge base and tuned model on the held-out sets."""
+    _stage("eval-base", recipe, overrides, store)
+    _stage("eval", recipe, overrides, store)
+
+
+@app.command(group=_STAGES)
+def chat(
+    target: Annotated[str, Parameter(help="A recipe (runs the smoke test), or a model folder (talk to it).")],
+    *,
+    overrides: Overrides = None,
+    store: StoreDir = DEFAULT_STORE,
+    system: str | None = None,
+    max_tokens: int = 512,
+    temperature: float = 0.0,
+) -> None:
+    """Ask the exported model held-out questions; or, given a model folder, talk to it in the terminal."""
+    if Path(target).is_dir():
+        from pipelines.terminal_chat import converse
+
+        converse(Path(target), system, max_tokens, temperature)
+    else:
+        _stage("chat", target, overrides, store)
+
+
+@app.command
+def preview(
+    recipe: RecipeName,
+    *,
+    count: Annotated[int, Parameter(name=["--count", "-n"])] = 3,
+    overrides: Overrides = None,
+    store: StoreDir = DEFAULT_STORE,
+) -> None:
+    """Print samples as they are trained on; what the model learns to write stands between ⟦ and ⟧."""
+    from pipelines import prepare as stage
+    from pipelines.artifacts import Store
+    from pipelines.recipe import load_recipe
+    from pipelines.runner import run_until
+
+    prepared, base = (
+        run_until(name, load_recipe(recipe, overrides or []), Store(store), lambda message: print(message, file=sys.stderr)).artifact
+        for name in ("prepare", "base")
+    )
+    mark = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
+    for sample in stage.preview(base.payload / "model", prepared.payload, count, mark):
+        print(sample + "\n")
+
+
+@app.command
+def verify(*, store: StoreDir = DEFAULT_STORE) -> None:
+    """Re-hash every artifact of a store; exit code 65 if one is damaged."""
+    from pipelines.artifacts import Damaged, Store
+    from xtuner_core.errors import DataError
+
+    whole, damaged = 0, []
+    for folder in Store(store).folders():
+        try:
+            Store(store).find(folder.parent.name, folder.name, full=True)
+            whole += 1
+        except Damaged as damage:
+            damaged.append(f"{folder}: {damage}")
+    print(f"{whole} artifacts are whole")
+    if damaged:
+        raise DataError("\n".join(damaged) + "\nThe next run that needs them rebuilds them.")
+
+
+@env.command
+def create(name: str, *, torch_index_url: str | None = None) -> None:
+    """Build an environment if it is not there, and print its Python.
+
+    Parameters
+    ----------
+    torch_index_url
+        Where pip finds torch (the CPU wheels, say), if not in its configured sources.
+    """
+    from pipelines.environments import ensure
+
+    print(ensure(name, lambda message: print(message, file=sys.stderr), torch_index_url))
+
+
+@env.command(name="list")
+def list_() -> None:
+    """List the known environments and whether they are built."""
+    from pipelines.environments import list_environments
+
+    for state in list_environments():
+        print(f"{state.name:<12} {'complete' if state.complete else 'not built':<10} {state.path}")
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; the exit code says how it went, and a user's mistake is told without a traceback."""
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        app(arguments, exit_on_error=False, print_error=True)
+        return 0
+    except CycloptsError:
+        return RecipeError.exit_code
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; finished stages are kept, run the same command again to continue.", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        return 0
+    except OSError as error:
+        told = from_os_error(error)
+        print(f"error: {told}", file=sys.stderr)
+        return told.exit_code
+    except Exception:
+        traceback.print_exc()
+        print("This is a bug in xtuner, not in your recipe; please report it with the lines above.", file=sys.stderr)
+        return BUG
+
+
+if __name__ == "__main__":
+    sys.exit(main())

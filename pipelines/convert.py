@@ -1,0 +1,183 @@
+"""Stage convert: training checkpoint → adapter in peft's format → one Hugging Face folder, verified before it is published."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipelines.recipe import Recipe
+from pipelines.stage import Metrics, Stage, Work
+from xtuner_core.errors import DataError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+MERGE_TOLERANCE = 1e-5
+"""Largest difference of logits, relative to the largest logit, between the fp32 merge and base + adapter."""
+MIN_AGREEMENT = 0.99
+"""Share of next-token choices that the exported precision must keep."""
+PROBES = 16
+"""Training conversations that the checks run on."""
+
+
+def run(recipe: Recipe, work: Work) -> Metrics:
+    """Write `model/` (and `adapter/` after LoRA).
+
+    Raises:
+        DataError: a check failed; names the check, the tensor or the figure.
+    """
+    from xtuner_core.checkpoint.hf import make_portable, save_model
+
+    base_dir, model_dir = work.inputs["base"] / "model", work.payload / "model"
+    probes = [sample["ids"] for sample in _samples(work)[:PROBES]]
+    merged, checks = _merge(recipe, work, base_dir, probes)
+    reference = _logits(merged, probes)
+    _require_finite(merged)
+    exported = {name: tensor.to(_dtype(recipe)) for name, tensor in merged.state_dict().items()}
+    save_model(merged.to(_dtype(recipe)), model_dir, recipe.convert.max_shard_size)
+    _copy_tokenizer(base_dir, model_dir)
+    make_portable(model_dir)
+
+    _require_same_keys(base_dir, model_dir)
+    reloaded = _load(model_dir, _dtype(recipe))
+    _require_equal(exported, reloaded.state_dict())
+    checks["next_token_agreement"] = _agreement(reference, _logits(reloaded, probes))
+    if checks["next_token_agreement"] < MIN_AGREEMENT:
+        raise DataError(
+            f"only {checks['next_token_agreement']:.2%} of next-token choices survive the cast to {recipe.convert.dtype}, "
+            f"{MIN_AGREEMENT:.0%} must. Export with --set convert.dtype=float32."
+        )
+    _require_same_template(work, model_dir)
+    work.log(f"exported {model_dir.name}: " + ", ".join(f"{name} {value:.3g}" for name, value in checks.items()))
+    return {**checks, "tensors": len(exported), "parameters": sum(tensor.numel() for tensor in reloaded.parameters())}
+
+
+def _merge(recipe: Recipe, work: Work, base_dir: Path, probes: list[list[int]]) -> tuple[PreTrainedModel, dict[str, float]]:
+    """The trained model in fp32, and what was measured on the way."""
+    import torch
+
+    from xtuner_core.adapters.lora import save_adapter
+    from xtuner_core.checkpoint.store import load_whole
+
+    trained = load_whole(work.inputs["checkpoint"] / "checkpoint")
+    base = _load(base_dir, torch.float32)
+    if recipe.train.method == "full":
+        _put(base, trained)
+        return base, {}
+
+    from peft import PeftModel
+
+    save_adapter(trained, recipe.train.lora, _base_name(recipe), work.payload / "adapter")
+    adapted = PeftModel.from_pretrained(base, str(work.payload / "adapter")).eval()
+    before = _logits(adapted, probes)
+    merged = adapted.merge_and_unload(safe_merge=True)
+    error = max(float((a - b).abs().max()) for a, b in zip(before, _logits(merged, probes), strict=True))
+    relative = error / max(float(logits.abs().max()) for logits in before)
+    if not relative <= MERGE_TOLERANCE:
+        raise DataError(f"merging changed the logits by {relative:.2e} of the largest one, at most {MERGE_TOLERANCE} is allowed.")
+    return merged, {"merge_error": relative}
+
+
+def _put(model: PreTrainedModel, trained: Mapping[str, torch.Tensor]) -> None:
+    result = model.load_state_dict(dict(trained), strict=False)
+    if result.unexpected_keys:
+        raise DataError(f"the checkpoint has tensors that the base model lacks: {', '.join(result.unexpected_keys[:5])}.")
+
+
+def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa").eval()
+
+
+def _dtype(recipe: Recipe) -> torch.dtype:
+    import torch
+
+    return getattr(torch, recipe.convert.dtype)
+
+
+def _logits(model: torch.nn.Module, probes: list[list[int]]) -> list[torch.Tensor]:
+    """fp32 logits `[tokens, vocabulary]` of each probe."""
+    import torch
+
+    with torch.inference_mode():
+        return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in probes]
+
+
+def _agreement(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
+    """Share of positions where both choose the same next token."""
+    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(reference, other, strict=True))
+    return same / sum(len(logits) for logits in reference)
+
+
+def _require_finite(model: torch.nn.Module) -> None:
+    import torch
+
+    for name, tensor in model.state_dict().items():
+        if not bool(torch.isfinite(tensor).all()):
+            raise DataError(f"tensor {name} of the trained model holds NaN or infinity; it is not exported. Train again with a lower train.lr.")
+
+
+def _require_same_keys(base_dir: Path, model_dir: Path) -> None:
+    from xtuner_core.checkpoint.hf import weight_keys
+
+    before = {name: shape for name, (shape, _) in weight_keys(base_dir).items()}
+    after = {name: shape for name, (shape, _) in weight_keys(model_dir).items()}
+    if before != after:
+        wrong = sorted(name for name in before | after if before.get(name) != after.get(name))
+        raise DataError(f"the exported tensors differ from the base model's in name or shape: {', '.join(wrong[:5])}.")
+
+
+def _require_equal(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
+    import torch
+
+    for name, tensor in expected.items():
+        if not torch.equal(tensor, found[name]):
+            raise DataError(f"tensor {name} read back from the exported folder is not the fp32 merge rounded once.")
+
+
+def _copy_tokenizer(base_dir: Path, model_dir: Path) -> None:
+    """Everything but weights and config comes from the base, byte for byte."""
+    for path in sorted(base_dir.iterdir()):
+        if path.is_file() and not (model_dir / path.name).exists() and not path.name.endswith((".safetensors", ".bin", ".index.json", ".gguf")):
+            shutil.copyfile(path, model_dir / path.name)
+
+
+def _require_same_template(work: Work, model_dir: Path) -> None:
+    """The exported chat template must give the ids that training saw."""
+    import numpy as np
+
+    from xtuner_core.data.conversation import Conversation, Message
+    from xtuner_core.data.render import find_template, first_difference, has_own_template, own_ids
+
+    samples = _samples(work)
+    if not has_own_template(model_dir):
+        name = json.loads((work.inputs["data"] / "data.json").read_text(encoding="utf-8"))["template"]
+        (model_dir / "chat_template.jinja").write_text(find_template(name).JINJA, encoding="utf-8")
+    conversations = [Conversation(tuple(Message(m["role"], m["content"]) for m in sample["messages"])) for sample in samples]
+    seen = [np.array(sample["ids"], dtype=np.uint32) for sample in samples]
+    if difference := first_difference(seen, own_ids(model_dir, conversations)):
+        raise DataError(f"the exported chat template gives other tokens than training saw: {difference}.")
+
+
+def _samples(work: Work) -> list[dict[str, Any]]:
+    text = (work.inputs["data"] / "samples.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _base_name(recipe: Recipe) -> str:
+    base = recipe.model.base
+    return Path(base).name if Path(base).exists() else base
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    # The checkpoint's digest does not tell how its tensors are meant, so the method and its scaling are settings here too.
+    method = {"method": recipe.train.method, "lora": recipe.train.lora.model_dump(mode="json") if recipe.train.method == "lora" else None}
+    return {**recipe.convert.model_dump(mode="json"), **method, "base": _base_name(recipe)}
+
+
+STAGE = Stage(name="convert", version=1, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "safetensors"))

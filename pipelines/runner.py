@@ -1,0 +1,33 @@
+"""Run stages without an orchestrator: each needed one in turn, cached or made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from pipelines.artifacts import Artifact, Result, Store
+from pipelines.pipeline import Node, needed_for
+from pipelines.recipe import Recipe
+from xtuner_core.errors import Interrupted
+
+
+def run_until(name: str, recipe: Recipe, store: Store, say: Callable[[str], None]) -> Result:
+    """The result of node `name`; what it needs and is not in the store is made first."""
+    made: dict[str, Artifact] = {}
+    for node in needed_for(name):
+        result = run_node(node, recipe, store, made, lambda message, node=node: say(f"[{node.name}] {message}"))
+        made[node.name] = result.artifact
+        state = "cached" if result.cached else f"done in {result.seconds:.1f} s"
+        say(f"[{node.name}] {state}: {result.artifact.path}")
+    return result
+
+
+def run_node(node: Node, recipe: Recipe, store: Store, made: dict[str, Artifact], log: Callable[[str], None]) -> Result:
+    """One node, its inputs being made already.
+
+    Raises:
+        Interrupted: Ctrl-C or SIGTERM; what is finished is kept.
+    """
+    try:
+        return store.produce(node.stage, recipe, {name: made[source] for name, source in node.inputs.items()}, log)
+    except KeyboardInterrupt:
+        raise Interrupted(f"interrupted in {node.name}; finished stages are kept, run the same command again to continue.") from None
