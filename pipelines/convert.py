@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 MERGE_TOLERANCE = 1e-5
 """Largest difference of logits, relative to the largest logit, between the fp32 merge and base + adapter."""
 MIN_AGREEMENT = 0.99
-"""Share of next-token choices that the exported precision must keep."""
+"""Share of next-token choices that the exported precision must keep. Where the two best tokens are closer than the precision can tell
+(a tie: half the positions of a random model, a few of a trained one), either of them counts as kept."""
 PROBES = 16
 """Training conversations that the checks run on."""
 
@@ -30,6 +31,8 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     Raises:
         DataError: a check failed; names the check, the tensor or the figure.
     """
+    import torch
+
     from xtuner_core.checkpoint.hf import make_portable, save_model
 
     base_dir, model_dir = work.inputs["base"] / "model", work.payload / "model"
@@ -45,7 +48,9 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     _require_same_keys(base_dir, model_dir)
     reloaded = _load(model_dir, _dtype(recipe))
     _require_equal(exported, reloaded.state_dict())
-    checks["next_token_agreement"] = _agreement(reference, _logits(reloaded, probes))
+    rounded = _logits(reloaded, probes)
+    checks["same_next_token"] = _agreement(reference, rounded, 0.0)
+    checks["next_token_agreement"] = _agreement(reference, rounded, torch.finfo(_dtype(recipe)).eps)
     if checks["next_token_agreement"] < MIN_AGREEMENT:
         raise DataError(
             f"only {checks['next_token_agreement']:.2%} of next-token choices survive the cast to {recipe.convert.dtype}, "
@@ -108,10 +113,13 @@ def _logits(model: torch.nn.Module, probes: list[list[int]]) -> list[torch.Tenso
         return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in probes]
 
 
-def _agreement(reference: list[torch.Tensor], other: list[torch.Tensor]) -> float:
-    """Share of positions where both choose the same next token."""
-    same = sum(int((a.argmax(-1) == b.argmax(-1)).sum()) for a, b in zip(reference, other, strict=True))
-    return same / sum(len(logits) for logits in reference)
+def _agreement(reference: list[torch.Tensor], other: list[torch.Tensor], tie: float) -> float:
+    """Share of positions where the other choice is as good: its reference logit is within `tie` × the largest logit of the best."""
+    kept = 0
+    for exact, rounded in zip(reference, other, strict=True):  # [tokens, vocabulary]
+        chosen = exact.gather(-1, rounded.argmax(-1, keepdim=True))[:, 0]
+        kept += int((exact.amax(-1) - chosen <= tie * exact.abs().amax(-1)).sum())
+    return kept / sum(len(logits) for logits in reference)
 
 
 def _require_finite(model: torch.nn.Module) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -91,5 +92,7 @@ def load_whole(folder: Path) -> dict[str, torch.Tensor]:
     reader = HuggingFaceStorageReader(str(folder / "tensors"))
     described = reader.read_metadata().state_dict_metadata
     tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "tensors")), no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
+        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "tensors")), no_dist=True)
     return tensors
