@@ -1,0 +1,172 @@
+"""Separate virtual environments for tools whose pins contradict ours, built on demand from a file of exact versions.
+
+    .environments/<name>-<digest>/                 the environment; the digest is of its constraints and the Python version
+    .environments/<name>-<digest>/complete.json    written last: without it the environment is half-made and is built again
+    .environments/<name>-<digest>.log              what pip said
+
+By hand: `python -m pipelines.environments NAME [--torch-index-url URL]`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import platform
+import re
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from pipelines.processes import child, follow, tail
+from pipelines.recipe import PROJECT
+from pipelines.stage import Log
+from xtuner_core.durable import remove, write_json
+from xtuner_core.errors import RecipeError, StorageError, UserError
+
+ROOT = PROJECT / ".environments"
+
+
+@dataclass(frozen=True, slots=True)
+class Environment:
+    """What is installed: `first` alone, because it may come from a source of its own, then `package`."""
+
+    constraints: Path
+    """Exact versions, as `pip freeze` writes them; names both packages."""
+    first: str
+    package: str
+
+
+KNOWN: Mapping[str, Environment] = {
+    "opencompass": Environment(PROJECT / "constraints-opencompass.txt", first="torch", package="opencompass"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """An environment on this disk."""
+
+    name: str
+    path: Path
+    complete: bool
+
+
+def ensure(
+    name: str, log: Log, torch_index_url: str | None = None, root: Path = ROOT, known: Mapping[str, Environment] = KNOWN
+) -> Path:
+    """The python of the environment, which is built if it is missing or half-made (about a minute, network needed).
+
+    Raises:
+        RecipeError: no such environment.
+        StorageError: it cannot be built; names pip's complaint, the log and what to do.
+    """
+    if name not in known:
+        raise RecipeError(f"environment {name!r} is not one of {', '.join(known)}.")
+    folder = _folder(name, known[name], root)
+    if not _is_complete(folder):
+        log(f"environment {name} is missing: building {folder}, or waiting for the run that does (output: {_output(folder)})")
+        root.mkdir(parents=True, exist_ok=True)
+        with FileLock(root / f".{folder.name}.lock"):
+            if not _is_complete(folder):
+                _build(folder, name, known[name], torch_index_url, log)
+    return _python(folder)
+
+
+def list_environments(root: Path = ROOT, known: Mapping[str, Environment] = KNOWN) -> list[State]:
+    """Every known environment, built or not."""
+    folders = [(name, _folder(name, environment, root)) for name, environment in known.items()]
+    return [State(name, folder, _is_complete(folder)) for name, folder in folders]
+
+
+def pinned_versions(constraints: Path) -> dict[str, str]:
+    """Package → version, from `name==version` lines."""
+    lines = (line.split("#")[0].strip() for line in constraints.read_text(encoding="utf-8").splitlines())
+    return {name: version for name, equals, version in (line.partition("==") for line in lines) if equals}
+
+
+def _folder(name: str, environment: Environment, root: Path) -> Path:
+    decides = environment.constraints.read_bytes() + platform.python_version().encode()
+    return root / f"{name}-{hashlib.sha256(decides).hexdigest()[:12]}"
+
+
+def _output(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
+
+
+def _python(folder: Path) -> Path:
+    return folder / "bin" / "python"
+
+
+def _is_complete(folder: Path) -> bool:
+    """Finished, and the Python it was made from still exists (its `python` is a link to that)."""
+    return (folder / "complete.json").is_file() and _python(folder).exists()
+
+
+def _build(folder: Path, name: str, environment: Environment, torch_index_url: str | None, log: Log) -> None:
+    """In place, because scripts of a virtual environment hold its path."""
+    started = time.monotonic()
+    remove(folder)
+    remove(_output(folder))
+    for command in _steps(folder, environment, torch_index_url):
+        _run(command, folder, name, log)
+    versions = pinned_versions(environment.constraints)
+    write_json(folder / "complete.json", {"name": name, "python": platform.python_version(), "constraints": versions})
+    log(f"environment {name} built in {time.monotonic() - started:.0f} s")
+
+
+def _steps(folder: Path, environment: Environment, torch_index_url: str | None) -> Iterable[list[str]]:
+    install = [str(_python(folder)), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
+    pinned = f"{environment.first}=={pinned_versions(environment.constraints)[environment.first]}"
+    yield [sys.executable, "-m", "venv", str(folder)]
+    # Its dependencies come unpinned: an index of torch alone rarely has our versions of them. The last step corrects them.
+    yield [*install, pinned, *(["--index-url", torch_index_url] if torch_index_url else [])]
+    yield [*install, environment.package, "--constraint", str(environment.constraints)]
+
+
+_WORTH_TELLING = re.compile(r"\(\d[\d.]* [MG]B\)|^Installing collected packages")
+
+
+def _run(command: list[str], folder: Path, name: str, log: Log) -> None:
+    def on_line(line: str) -> None:
+        if _WORTH_TELLING.search(line):
+            log(f"environment {name}: {line.strip()[:120]}")
+
+    env = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "PYTHONHOME")}
+    with child(command, _output(folder), env, grace=10) as running:
+        status = follow(running, on_line)
+    if status != 0:
+        raise StorageError(
+            f"environment {name} cannot be built: {_complaint(_output(folder)) or f'exit status {status}'}\n"
+            f"All output: {_output(folder)}. Check the network and pip's sources (`pip config list`; a mirror: "
+            "`pip config set global.index-url URL`; another source for torch alone: `make demo TORCH_INDEX_URL=URL`), "
+            "then run the same command again."
+        )
+
+
+def _complaint(output: Path) -> str:
+    """pip's last ERROR lines, or whatever came last."""
+    lines = [line.strip() for line in tail(output, lines=100).splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")]
+    return "\n".join(errors[-2:] or lines[-1:])
+
+
+def main() -> int:
+    """Build one environment; prints its python."""
+    parser = argparse.ArgumentParser(prog="python -m pipelines.environments", description="Build a separate environment if it is missing.")
+    parser.add_argument("name", choices=sorted(KNOWN))
+    parser.add_argument("--torch-index-url", default=None, help="Package index that torch comes from.")
+    arguments = parser.parse_args()
+    try:
+        print(ensure(arguments.name, lambda line: print(line, file=sys.stderr), arguments.torch_index_url or None))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

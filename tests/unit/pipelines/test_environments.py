@@ -1,0 +1,125 @@
+"""Separate environments: whole or built again, and a readable error where pip fails. Real pip, two tiny wheels made here."""
+
+from __future__ import annotations
+
+import subprocess
+import threading
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from pipelines.environments import KNOWN, Environment, ensure, list_environments, pinned_versions
+from xtuner_core.errors import RecipeError, StorageError
+
+
+def _wheel(folder: Path, name: str, version: str) -> None:
+    folder.mkdir(exist_ok=True)
+    info = f"{name}-{version}.dist-info"
+    with zipfile.ZipFile(folder / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", f"version = {version!r}\n")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+
+
+@pytest.fixture
+def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Environment]:
+    """An environment `tiny` of two packages, of which newer versions than the pinned ones exist."""
+    for name in ("underlay", "tool"):
+        for version in ("1.0", "2.0"):
+            _wheel(tmp_path / "wheels", name, version)
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    constraints = tmp_path / "constraints-tiny.txt"
+    constraints.write_text("tool==1.0\nunderlay==1.0\n")
+    return {"tiny": Environment(constraints, first="underlay", package="tool")}
+
+
+def _versions(python: Path) -> str:
+    command = [str(python), "-c", "import tool, underlay; print(tool.version, underlay.version)"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
+def test_an_environment_has_the_pinned_versions_is_reused_and_a_half_made_one_is_rebuilt(
+    tmp_path: Path, known: dict[str, Environment]
+) -> None:
+    root, said = tmp_path / "environments", []
+    python = ensure("tiny", said.append, root=root, known=known)
+    assert _versions(python) == "1.0 1.0"
+    assert [state.complete for state in list_environments(root, known)] == [True]
+
+    said.clear()
+    assert ensure("tiny", said.append, root=root, known=known) == python
+    assert said == []
+
+    folder = python.parents[1]
+    (folder / "complete.json").unlink()
+    (folder / "left-over").write_text("of the interrupted attempt")
+    assert [state.complete for state in list_environments(root, known)] == [False]
+    ensure("tiny", said.append, root=root, known=known)
+    assert not (folder / "left-over").exists()
+    assert _versions(python) == "1.0 1.0"
+
+
+def test_other_pins_are_another_environment(tmp_path: Path, known: dict[str, Environment]) -> None:
+    before = list_environments(tmp_path, known)[0].path
+    known["tiny"].constraints.write_text("tool==2.0\nunderlay==1.0\n")
+    assert list_environments(tmp_path, known)[0].path != before
+
+
+def test_ctrl_c_leaves_nothing_that_is_trusted(tmp_path: Path, known: dict[str, Environment]) -> None:
+    def interrupt(line: str) -> None:
+        if "Installing collected packages" in line:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        ensure("tiny", interrupt, root=tmp_path, known=known)
+    assert [state.complete for state in list_environments(tmp_path, known)] == [False]
+
+
+def test_failing_pip_is_explained(tmp_path: Path, known: dict[str, Environment]) -> None:
+    known["tiny"].constraints.write_text("tool==1.0\nunderlay==9.9\n")
+    with pytest.raises(StorageError) as caught:
+        ensure("tiny", print, root=tmp_path, known=known)
+    message = str(caught.value)
+    assert "No matching distribution found for underlay==9.9" in message
+    assert "TORCH_INDEX_URL" in message
+    (log,) = tmp_path.glob("tiny-*.log")
+    assert str(log) in message and "9.9" in log.read_text()
+    assert [state.complete for state in list_environments(tmp_path, known)] == [False]
+
+
+def test_the_first_package_can_come_from_a_source_of_its_own(
+    tmp_path: Path, known: dict[str, Environment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    index = tmp_path / "index"
+    _wheel(index, "x", "0")
+    (index / "underlay").mkdir()
+    (tmp_path / "wheels" / "underlay-1.0-py3-none-any.whl").rename(index / "underlay" / "underlay-1.0-py3-none-any.whl")
+    (index / "underlay" / "index.html").write_text('<a href="underlay-1.0-py3-none-any.whl">underlay-1.0-py3-none-any.whl</a>')
+    monkeypatch.delenv("PIP_NO_INDEX")
+    python = ensure("tiny", print, torch_index_url=index.as_uri(), root=tmp_path, known=known)
+    assert _versions(python) == "1.0 1.0"
+
+
+def test_two_at_once_build_it_once(tmp_path: Path, known: dict[str, Environment]) -> None:
+    said: list[str] = []
+    threads = [threading.Thread(target=ensure, args=("tiny", said.append), kwargs={"root": tmp_path, "known": known}) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum("built in" in line for line in said) == 1
+    assert [state.complete for state in list_environments(tmp_path, known)] == [True]
+
+
+def test_an_unknown_name_is_answered_with_the_known_ones() -> None:
+    with pytest.raises(RecipeError, match="opencompass"):
+        ensure("opencompas", print)
+
+
+def test_the_shipped_pins_name_what_is_installed() -> None:
+    for environment in KNOWN.values():
+        pins = pinned_versions(environment.constraints)
+        assert environment.first in pins and environment.package in pins
