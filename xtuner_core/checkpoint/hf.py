@@ -35,6 +35,9 @@ def make_portable(folder: Path) -> None:
     """Edit the JSON files of a folder written by transformers 5 so that 4.57 and 5 load equal models; doing it twice changes nothing.
 
     Also drops what depends on the machine that wrote it, so that equal models are equal bytes.
+
+    Raises:
+        DataError: one of the files is not JSON.
     """
     _rewrite(folder / "config.json", _portable_config)
     _rewrite(folder / "tokenizer_config.json", _portable_tokenizer)
@@ -42,8 +45,13 @@ def make_portable(folder: Path) -> None:
 
 
 def _rewrite(file: Path, change: Callable[[Json], Json]) -> None:
-    if file.is_file():
-        write_json(file, change(json.loads(file.read_text(encoding="utf-8"))))
+    if not file.is_file():
+        return
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not readable as JSON ({error}). Copy the model folder again.") from None
+    write_json(file, change(config))
 
 
 def _without(config: Json, *names: str) -> Json:
