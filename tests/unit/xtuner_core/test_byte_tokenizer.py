@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -19,6 +19,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedTokenizerFa
     return AutoTokenizer.from_pretrained(folder)
 
 
+@settings(deadline=None)
 @given(text=st.text())
 def test_any_text_is_its_bytes_and_comes_back(tokenizer: PreTrainedTokenizerFast, text: str) -> None:
     ids = tokenizer(text, split_special_tokens=True)["input_ids"]
@@ -26,6 +27,7 @@ def test_any_text_is_its_bytes_and_comes_back(tokenizer: PreTrainedTokenizerFast
     assert tokenizer.decode(ids) == text
 
 
+@settings(deadline=None)
 @given(parts=st.lists(st.sampled_from(CONTROLS) | st.text(max_size=5)))
 def test_text_with_control_tokens_comes_back(tokenizer: PreTrainedTokenizerFast, parts: list[str]) -> None:
     assert tokenizer.decode(tokenizer("".join(parts))["input_ids"]) == "".join(parts)
