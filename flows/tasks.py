@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from prefect import State, Task, get_run_logger, task
@@ -13,6 +14,10 @@ from pipelines.pipeline import PIPELINE, Node
 from pipelines.recipe import Recipe
 from pipelines.runner import run_node
 from xtuner_core.errors import UserError, from_os_error
+
+
+# Prefect logs a returned failure twice, once with an empty traceback; the line "Finished in state Failed(...)" says it all.
+logging.getLogger("prefect.task_runs").addFilter(lambda record: "Task run failed with state" not in record.getMessage())
 
 
 def task_of(node: Node) -> Task[..., Any]:

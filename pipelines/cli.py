@@ -31,6 +31,12 @@ Overrides = Annotated[list[str] | None, Parameter(name="--set", negative=(), hel
 StoreDir = Annotated[Path, Parameter(help="Artifact store.")]
 DEFAULT_STORE = Path("artifacts")
 
+_PREFECT_DEFAULTS = {
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+    "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "120",  # a busy machine needs more than Prefect's 20 s
+}
+"""For the temporary server; the user's own settings win."""
+
 
 @app.command(name="list-cfg")
 def list_cfg(*, pattern: Annotated[str, Parameter(name=["--pattern", "-p"])] = "") -> None:
@@ -80,9 +86,8 @@ def run(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DE
 
     load_recipe(recipe, overrides or [])  # a wrong recipe is told before Prefect starts
     options = [f"--set={override}" for override in overrides or []] + [f"--store={store}"] + ([f"--json={json}"] if json else [])
-    command = [sys.executable, "-m", "flows.finetune", recipe, *options]
     sys.stdout.flush()
-    os.execv(sys.executable, command)
+    os.execve(sys.executable, [sys.executable, "-m", "flows.finetune", recipe, *options], {**_PREFECT_DEFAULTS, **os.environ})
 
 
 def _stage(name: str, recipe: str, overrides: list[str] | None, store: Path) -> None:

@@ -57,7 +57,7 @@ def child(command: Sequence[str | Path], output: Path, env: Mapping[str, str], g
             env=dict(env),
             cwd=cwd,
             start_new_session=True,
-            preexec_fn=partial(die_with_parent, os.getpid()),  # noqa: PLW1509 - it takes no lock: system calls only
+            preexec_fn=partial(die_with_parent, os.getpid()),  # safe beside threads: two system calls
         )
     try:
         yield Child(process, output, start)

@@ -75,7 +75,7 @@ def test_a_bad_line_is_named_with_its_reason(tmp_path: Path, line: str | bytes, 
 
 
 def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="gone.jsonl.*No such file"):
+    with pytest.raises(DataError, match=r"gone\.jsonl.*No such file"):
         read_heldout(tmp_path / "gone.jsonl")
     with pytest.raises(DataError, match="holds no conversation"):
         read_heldout(_file(tmp_path, "", " "))

@@ -133,7 +133,8 @@ def test_a_grandchild_that_outlives_its_parent_is_killed(tmp_path: Path) -> None
 
 def _parent(tmp_path: Path, then: str, grace: float) -> tuple[subprocess.Popen[bytes], list[int]]:
     family = FAMILY.format(own_session=False, then=then)
-    parent = subprocess.Popen(_python(PARENT, family, tmp_path / "family", tmp_path / "log", str(grace)), cwd=ROOT, stderr=subprocess.DEVNULL)
+    command = _python(PARENT, family, tmp_path / "family", tmp_path / "log", str(grace))
+    parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     return parent, _family(tmp_path / "family")
 
 
