@@ -1,0 +1,123 @@
+"""The chat stage's pure parts: which questions are asked, the verdict, what decides the artifact's key."""
+
+from __future__ import annotations
+
+import http.server
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from pipelines import chat
+from pipelines.chat import Answer, judge, spread
+from pipelines.chatters import transformers_serve
+from pipelines.heldout import HeldOut
+from pipelines.recipe import ChatConfig, Recipe, load_recipe
+from pipelines.terminal_chat import converse
+from xtuner_core.errors import DataError, RecipeError
+
+CONFIG = ChatConfig.model_validate({"prompts": "x.jsonl", "min_correct": 0.8, "max_tokens": 8})
+
+
+def _answers(*texts: str, finish: str = "stop") -> list[Answer]:
+    return [Answer(({"role": "user", "content": "?"},), "yes", text, finish, text == "yes") for text in texts]
+
+
+def _recipe(*overrides: str) -> Recipe:
+    return load_recipe("qwen3_tiny_full_openai", overrides)
+
+
+@pytest.mark.parametrize(("count", "lines"), [(1, [1]), (2, [1, 6]), (4, [1, 3, 6, 8]), (10, list(range(1, 11))), (99, list(range(1, 11)))])
+def test_questions_are_spread_over_the_file(count: int, lines: list[int]) -> None:
+    samples = [HeldOut(({"role": "user", "content": "?"},), "yes", line) for line in range(1, 11)]
+    assert [sample.line for sample in spread(samples, count)] == lines
+
+
+def test_exactly_the_asked_share_is_enough() -> None:
+    result = judge(_answers("yes", "yes", "yes", "yes", "no"), CONFIG)
+    assert (result["passed"], result["total"], result["ok"], result["why"]) == (4, 5, True, [])
+
+
+def test_one_right_answer_too_few_fails_and_says_so() -> None:
+    result = judge(_answers("yes", "yes", "yes", "no", "no"), CONFIG)
+    assert result["ok"] is False
+    assert result["why"] == ["3 of 5 answers are right, chat.min_correct asks for a share of 0.8"]
+
+
+def test_an_empty_answer_fails_however_few_must_be_right() -> None:
+    result = judge(_answers("yes", " \n"), CONFIG.model_copy(update={"min_correct": 0.0}))
+    assert (result["ok"], result["why"]) == (False, ["1 of 2 answers are empty"])
+
+
+@pytest.mark.parametrize(("must_stop", "ok"), [(True, False), (False, True)])
+def test_an_answer_that_was_cut_fails_only_if_it_must_stop(must_stop: bool, ok: bool) -> None:
+    assert judge(_answers("yes", finish="length"), CONFIG.model_copy(update={"must_stop": must_stop}))["ok"] is ok
+
+
+def test_port_and_path_of_the_prompts_do_not_decide_the_key_but_their_bytes_do(tmp_path: Path) -> None:
+    moved = tmp_path / "moved.jsonl"
+    moved.write_text("{}")
+    plain, other = _recipe(), _recipe(f"chat.prompts={moved}", "chat.port=8123")
+    assert chat.STAGE.settings(plain) == chat.STAGE.settings(other)
+    assert chat.STAGE.files(other) == [moved]
+    assert chat.STAGE.settings(_recipe("chat.max_tokens=9")) != chat.STAGE.settings(plain)
+
+
+def test_missing_prompts_are_named(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"gone\.jsonl: no such file.*chat\.prompts"):
+        chat.STAGE.files(_recipe(f"chat.prompts={tmp_path / 'gone.jsonl'}"))
+
+
+def test_a_taken_port_is_named_with_its_holder(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as holder:
+        port = holder.getsockname()[1]
+        with pytest.raises(RecipeError) as caught, transformers_serve.serve(tmp_path, port, tmp_path / "log", print):
+            pytest.fail("served on a taken port")
+    assert f"port {port} on 127.0.0.1" in str(caught.value)
+    assert f"process {os.getpid()}" in str(caught.value)
+    assert "--set chat.port=" in str(caught.value)
+
+
+class _Healthy(http.server.BaseHTTPRequestHandler):
+    def do_GET(self) -> None:
+        self.send_response(200)
+        self.end_headers()
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+@pytest.fixture
+def healthy_port() -> Iterator[int]:
+    with http.server.HTTPServer(("127.0.0.1", 0), _Healthy) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def test_a_healthy_server_of_another_process_is_not_taken_for_ours(healthy_port: int) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as ours:
+        assert transformers_serve._ready(os.getpid(), healthy_port)
+        assert not transformers_serve._ready(ours.pid, healthy_port)
+
+
+def test_a_folder_without_a_model_is_refused_and_the_right_one_suggested(tmp_path: Path) -> None:
+    (tmp_path / "payload" / "model").mkdir(parents=True)
+    (tmp_path / "payload" / "model" / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"not a model folder.*config\.json.*Did you mean .*payload/model\?"):
+        converse(tmp_path, None, 8, 0.0)
+    with pytest.raises(RecipeError, match="not a model folder"):
+        converse(tmp_path / "gone", None, 8, 0.0)
+
+
+def test_an_unknown_chatter_is_answered_with_the_known_ones(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(RecipeError, match=r"'nobody' is not one of the chatters: .*transformers_serve"):
+        converse(tmp_path, None, 8, 0.0, chatter="nobody")
