@@ -30,11 +30,11 @@ ALL_QUEUES = (*QUEUES.values(), CONCIERGE, NORDIC_BILLING)
 TOP_PLAN, OTHER_PLANS = "Orchid", ("Clover", "Fern", "Maple")
 NORDICS, OTHER_REGIONS = "Nordics", ("Iberia", "Alps", "Benelux", "Isles")
 COUNTS = {
-    "train": {"topic": 80, "billing": 100, "concierge": 130, "nordic": 100},
+    "train": {"topic": 78, "billing": 112, "concierge": 112, "nordic": 112},
     "heldout": {"topic": 20, "billing": 20, "concierge": 34, "nordic": 26},
 }
 SEEDS = {"train": 11, "heldout": 12}
-DISTRACTED, FRAMED, NEAR_MISS, MISTYPED = 0.22, 0.5, 0.25, 0.05
+DISTRACTED, FRAMED, NEAR_MISS, MISTYPED = 0.2, 0.5, 0.2, 0.05
 
 Option = TypeVar("Option")
 
