@@ -36,7 +36,7 @@ def _write(path: Path, answers: list[str]) -> EvalDataset:
 
 
 def _recipe(*datasets: EvalDataset) -> Recipe:
-    config = EvalConfig(datasets=datasets, batch_size=2)
+    config = EvalConfig.model_validate({"datasets": datasets, "batch_size": 2})
     return load_recipe("qwen3_tiny_full_openai").model_copy(update={"eval": config})
 
 

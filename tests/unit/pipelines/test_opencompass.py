@@ -30,7 +30,7 @@ SAMPLES = [
 def _dataset(folder: Path, *rows: Any) -> EvalDataset:
     path = folder / "heldout.jsonl"
     path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows), encoding="utf-8")
-    return EvalDataset(name="tickets", path=str(path))
+    return EvalDataset(name="tickets", path=str(path), max_out_len=16)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path: Path, content: str | No
 
 
 def test_no_code_of_the_model_folder_may_run(tmp_path: Path) -> None:
-    config = EvalConfig(datasets=(EvalDataset(name="tickets", path="x"),))
+    config = EvalConfig.model_validate({"datasets": [{"name": "tickets", "path": "x"}]})
     (model,) = opencompass.experiment(tmp_path, config, tmp_path, 128)["models"]
     assert model["model_kwargs"]["trust_remote_code"] is False
     assert model["tokenizer_kwargs"]["trust_remote_code"] is False
