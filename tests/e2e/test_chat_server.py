@@ -153,7 +153,8 @@ def test_a_server_that_dies_between_two_questions_is_a_readable_error(learned: P
 @contextmanager
 def _conversation(model: Path, max_tokens: int, temperature: float = 0) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]]:
     command = [sys.executable, "-c", TALK, str(model), str(max_tokens), str(temperature)]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
+    env = os.environ | {"TMPDIR": str(model.parent)}  # what a killed one leaves behind is cleared away with the test's folders
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
     assert process.stdin
     assert process.stdout
     try:
