@@ -51,7 +51,13 @@ def finetune_flow(recipe: Recipe, store: Path = Path("artifacts")) -> State[Any]
     return Completed(message="all stages are whole", data=(summary, table(summary, results)))
 
 
-def run(recipe: str, *, overrides: Annotated[list[str] | None, Parameter("--set")] = None, store: Path = Path("artifacts"), json: Path | None = None) -> int:
+def run(
+    recipe: str,
+    *,
+    overrides: Annotated[list[str] | None, Parameter("--set")] = None,
+    store: Path = Path("artifacts"),
+    json: Path | None = None,
+) -> int:
     """Run the flow once and report; returns the exit code."""
     try:
         state = finetune_flow(load_recipe(recipe, overrides or []), store.resolve(), return_state=True)

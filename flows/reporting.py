@@ -28,7 +28,13 @@ def summarize(recipe: Recipe, results: Mapping[str, Result]) -> dict[str, Any]:
 def _stage(name: str, result: Result) -> dict[str, Any]:
     state = "cached" if result.cached else "ran"
     manifest = result.artifact.manifest
-    return {"name": name, "key": manifest["key"], "state": state, "seconds": round(result.seconds, 2), "artifact": str(result.artifact.path)}
+    return {
+        "name": name,
+        "key": manifest["key"],
+        "state": state,
+        "seconds": round(result.seconds, 2),
+        "artifact": str(result.artifact.path),
+    }
 
 
 def table(summary: Mapping[str, Any], results: Mapping[str, Result]) -> str:
@@ -43,7 +49,8 @@ def _result(name: str, summary: Mapping[str, Any], results: Mapping[str, Result]
     metrics = results[name].artifact.metrics
     match name:
         case "prepare":
-            return f"{metrics['accepted']} conversations, {metrics['tokens']} tokens in {metrics['packs']} packs ({metrics['pack_efficiency']:.1%} full)"
+            full = f"{metrics['pack_efficiency']:.1%} full"
+            return f"{metrics['accepted']} conversations, {metrics['tokens']} tokens in {metrics['packs']} packs ({full})"
         case "train":
             return f"{metrics['steps']} steps, loss {metrics['first_loss']:.3f} → {metrics['last_loss']:.3f}"
         case "convert":
@@ -61,7 +68,9 @@ def page(summary: Mapping[str, Any], results: Mapping[str, Result]) -> str:
     curve = _picture(results["train"].artifact.record / "loss.png")
     answers = "\n".join(_answer(answer) for answer in results["chat"].artifact.metrics["answers"])
     model = results["convert"].artifact.payload / "model"
-    return f"# {summary['recipe']}\n\n{table(summary, results)}\n\n{curve}\n\n## Answers\n\n{answers}\n\nTalk to it: `xtuner chat {model}`\n"
+    return (
+        f"# {summary['recipe']}\n\n{table(summary, results)}\n\n{curve}\n\n## Answers\n\n{answers}\n\nTalk to it: `xtuner chat {model}`\n"
+    )
 
 
 def _picture(path: Path) -> str:

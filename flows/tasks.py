@@ -15,7 +15,6 @@ from pipelines.recipe import Recipe
 from pipelines.runner import run_node
 from xtuner_core.errors import UserError, from_os_error
 
-
 # Prefect logs a returned failure twice, once with an empty traceback; the line "Finished in state Failed(...)" says it all.
 logging.getLogger("prefect.task_runs").addFilter(lambda record: "Task run failed with state" not in record.getMessage())
 

@@ -1,11 +1,11 @@
 """The artifact store: directories named by the hash of everything that decides their bytes, whole or absent.
 
-    STORE/<stage>/<key>/payload/       the result; its digest is part of the keys of later stages
-                       /record/        logs, pictures, timings
-                       /manifest.json  inputs, settings, environment, every file's size and sha256
-                       /stamps.json    modification times seen at the last full check
-    STORE/.work/<stage>-<key>/         an attempt that is running or was interrupted
-    STORE/.damaged/<stage>-<key>/      a published artifact that failed its check, until it is rebuilt
+STORE/<stage>/<key>/payload/       the result; its digest is part of the keys of later stages
+                   /record/        logs, pictures, timings
+                   /manifest.json  inputs, settings, environment, every file's size and sha256
+                   /stamps.json    modification times seen at the last full check
+STORE/.work/<stage>-<key>/         an attempt that is running or was interrupted
+STORE/.damaged/<stage>-<key>/      a published artifact that failed its check, until it is rebuilt
 """
 
 from __future__ import annotations

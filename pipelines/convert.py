@@ -41,7 +41,8 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     reference = _logits(merged, probes)
     _require_finite(merged)
     exported = {name: tensor.to(_dtype(recipe)) for name, tensor in merged.state_dict().items()}
-    save_model(merged.to(_dtype(recipe)), model_dir, recipe.convert.max_shard_size)
+    merged.to(_dtype(recipe))  # pyright: ignore[reportArgumentType]
+    save_model(merged, model_dir, recipe.convert.max_shard_size)
     _copy_tokenizer(base_dir, model_dir)
     make_portable(model_dir)
 
@@ -127,7 +128,7 @@ def _require_finite(model: torch.nn.Module) -> None:
 
     for name, tensor in model.state_dict().items():
         if not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"tensor {name} of the trained model holds NaN or infinity; it is not exported. Train again with a lower train.lr.")
+            raise DataError(f"tensor {name} of the trained model holds NaN or infinity; it is not exported. Train with a lower train.lr.")
 
 
 def _require_same_keys(base_dir: Path, model_dir: Path) -> None:
@@ -149,9 +150,10 @@ def _require_equal(expected: Mapping[str, torch.Tensor], found: Mapping[str, tor
 
 
 def _copy_tokenizer(base_dir: Path, model_dir: Path) -> None:
-    """Everything but weights and config comes from the base, byte for byte."""
+    """Tokenizer, chat template and what else is text comes from the base, byte for byte."""
     for path in sorted(base_dir.iterdir()):
-        if path.is_file() and not (model_dir / path.name).exists() and not path.name.endswith((".safetensors", ".bin", ".index.json", ".gguf")):
+        is_text = path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json")
+        if is_text and path.is_file() and not (model_dir / path.name).exists():
             shutil.copyfile(path, model_dir / path.name)
 
 

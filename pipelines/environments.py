@@ -4,12 +4,11 @@
     .environments/<name>-<digest>/complete.json    written last: without it the environment is half-made and is built again
     .environments/<name>-<digest>.log              what pip said
 
-By hand: `python -m pipelines.environments NAME [--torch-index-url URL]`.
+By hand: `xtuner env create NAME [--torch-index-url URL]`.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import os
 import platform
@@ -26,7 +25,7 @@ from pipelines.processes import child, follow, tail
 from pipelines.recipe import PROJECT
 from pipelines.stage import Log
 from xtuner_core.durable import remove, write_json
-from xtuner_core.errors import RecipeError, StorageError, UserError
+from xtuner_core.errors import RecipeError, StorageError
 
 ROOT = PROJECT / ".environments"
 
@@ -55,9 +54,7 @@ class State:
     complete: bool
 
 
-def ensure(
-    name: str, log: Log, torch_index_url: str | None = None, root: Path = ROOT, known: Mapping[str, Environment] = KNOWN
-) -> Path:
+def ensure(name: str, log: Log, torch_index_url: str | None = None, root: Path = ROOT, known: Mapping[str, Environment] = KNOWN) -> Path:
     """The python of the environment, which is built if it is missing or half-made (about a minute, network needed).
 
     Raises:
@@ -152,21 +149,3 @@ def _complaint(output: Path) -> str:
     lines = [line.strip() for line in tail(output, lines=100).splitlines() if line.strip()]
     errors = [line for line in lines if line.startswith("ERROR")]
     return "\n".join(errors[-2:] or lines[-1:])
-
-
-def main() -> int:
-    """Build one environment; prints its python."""
-    parser = argparse.ArgumentParser(prog="python -m pipelines.environments", description="Build a separate environment if it is missing.")
-    parser.add_argument("name", choices=sorted(KNOWN))
-    parser.add_argument("--torch-index-url", default=None, help="Package index that torch comes from.")
-    arguments = parser.parse_args()
-    try:
-        print(ensure(arguments.name, lambda line: print(line, file=sys.stderr), arguments.torch_index_url or None))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

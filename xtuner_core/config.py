@@ -31,10 +31,12 @@ class DataConfig(Config):
     """Which conversations are trained on, and how they become packed token sequences."""
 
     train: Paths = Field(description="Training files: a path, several, a folder (every .jsonl below it) or a glob.")
-    format: str = Field("openai", description="Input format, a module of xtuner_core/data/formats.")
-    max_length: int = Field(2048, ge=8, description="Longest accepted conversation, in tokens; a longer one is rejected and reported.")
-    pack_length: int = Field(2048, ge=8, description="Length of one packed training sequence, in tokens.")
-    max_rejected: float = Field(0.0, ge=0, le=1, description="Share of the lines that may be rejected before the stage fails.")
+    format: str = Field(default="openai", description="Input format, a module of xtuner_core/data/formats.")
+    max_length: int = Field(
+        default=2048, ge=8, description="Longest accepted conversation in tokens; a longer one is rejected and reported."
+    )
+    pack_length: int = Field(default=2048, ge=8, description="Length of one packed training sequence, in tokens.")
+    max_rejected: float = Field(default=0.0, ge=0, le=1, description="Share of the lines that may be rejected before the stage fails.")
 
     @model_validator(mode="after")
     def _a_document_fits_a_pack(self) -> Self:
@@ -46,32 +48,36 @@ class DataConfig(Config):
 class LoraConfig(Config):
     """Low-rank adapters (Hu et al., arXiv:2106.09685), made by peft."""
 
-    rank: int = Field(16, ge=1, description="Rank of the update matrices.")
-    alpha: float = Field(32, gt=0, description="The update is scaled by alpha / rank.")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: str | tuple[str, ...] = Field("all-linear", description="Names of the linear layers that get an adapter, or all-linear (all but the head).")
+    rank: int = Field(default=16, ge=1, description="Rank of the update matrices.")
+    alpha: int = Field(default=32, ge=1, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    targets: str | tuple[str, ...] = Field(
+        default="all-linear", description="Names of the linear layers that get an adapter, or all-linear (all but the head)."
+    )
 
 
 class TrainConfig(Config):
     """How the model is trained."""
 
-    method: Literal["full", "lora"] = Field("full", description="Train every weight, or low-rank adapters beside frozen weights.")
-    lora: LoraConfig = Field(LoraConfig(), description="Used when method is lora.")
-    epochs: int | None = Field(None, ge=1, description="Passes over the data (1 if neither this nor total_step is given).")
-    total_step: int | None = Field(None, ge=1, description="Optimizer steps, instead of epochs.")
-    global_batch_size: int = Field(1, ge=1, description="Packed sequences in one optimizer step, over all processes.")
-    lr: float = Field(6e-5, gt=0, description="Peak learning rate.")
-    lr_min: float = Field(1e-6, ge=0, description="Learning rate at the end of the schedule.")
-    scheduler: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the learning rate after warm-up.")
-    warmup_ratio: float = Field(0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises linearly.")
-    weight_decay: float = Field(0.01, ge=0, description="AdamW's decoupled weight decay; not applied to vectors (norms, biases).")
-    betas: tuple[float, float] = Field((0.9, 0.95), description="AdamW's running-average coefficients.")
-    max_grad_norm: float = Field(1.0, gt=0, description="Gradients are scaled down to this norm.")
-    dtype: Literal["bf16", "fp32"] = Field("bf16", description="Precision of the computation; trained weights are kept in fp32.")
-    loss_chunk: int = Field(1024, ge=1, description="Tokens whose logits exist at one time.")
-    processes: int = Field(1, ge=1, description="Training processes (one a GPU; on CPU they share the cores).")
-    launcher: str = Field("local", description="How processes are started, a module of pipelines/launchers.")
-    checkpoint_interval: int | None = Field(None, ge=1, description="Steps between checkpoints to resume from (none: only at the end or on a signal).")
+    method: Literal["full", "lora"] = Field(default="full", description="Train every weight, or low-rank adapters beside frozen weights.")
+    lora: LoraConfig = Field(default=LoraConfig(), description="Used when method is lora.")
+    epochs: int | None = Field(default=None, ge=1, description="Passes over the data (1 if neither this nor total_step is given).")
+    total_step: int | None = Field(default=None, ge=1, description="Optimizer steps, instead of epochs.")
+    global_batch_size: int = Field(default=1, ge=1, description="Packed sequences in one optimizer step, over all processes.")
+    lr: float = Field(default=6e-5, gt=0, description="Peak learning rate.")
+    lr_min: float = Field(default=1e-6, ge=0, description="Learning rate at the end of the schedule.")
+    scheduler: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Shape of the learning rate after warm-up.")
+    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises linearly.")
+    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decoupled weight decay; not applied to vectors (norms, biases).")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's running-average coefficients.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
+    dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="Precision of the computation; trained weights are kept in fp32.")
+    loss_chunk: int = Field(default=1024, ge=1, description="Tokens whose logits exist at one time.")
+    processes: int = Field(default=1, ge=1, description="Training processes (one a GPU; on CPU they share the cores).")
+    launcher: str = Field(default="local", description="How processes are started, a module of pipelines/launchers.")
+    checkpoint_interval: int | None = Field(
+        default=None, ge=1, description="Steps between checkpoints to resume from (none: only when a signal comes)."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -90,5 +96,5 @@ class SftConfig(Config):
     model_dir: Path = Field(description="Hugging Face folder of the base model.")
     data_dir: Path = Field(description="Packed data, as `xtuner prepare` leaves it.")
     work_dir: Path = Field(description="Checkpoints, metrics and the outcome are written here.")
-    seed: int = Field(42, ge=0, description="Seed of data order, dropout and adapter initialisation.")
+    seed: int = Field(default=42, ge=0, description="Seed of data order, dropout and adapter initialisation.")
     train: TrainConfig

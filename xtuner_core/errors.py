@@ -49,7 +49,7 @@ def from_os_error(error: OSError) -> StorageError:
     """Say which path failed and what to do about it."""
     where = error.filename or "a file"
     if error.errno in _DISK_FULL:
-        return StorageError(f"{where}: no space left on the disk. Free some space and run the same command again; finished stages are kept.")
+        return StorageError(f"{where}: no space left on the disk. Free some and run the same command again; finished stages are kept.")
     reason = os.strerror(error.errno) if error.errno else str(error)
     return StorageError(f"{where}: {reason}. Check the path and its permissions, then run the same command again.")
 

@@ -9,7 +9,6 @@ import time
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import TextIO
 
 import torch
 
@@ -59,13 +58,13 @@ class MetricsLog:
 
     def __init__(self, path: Path, rank: int) -> None:
         self._rank = rank
-        self._file: TextIO | None = open(path, "a", encoding="utf-8") if rank == 0 else None
+        self._path = path
 
     def write(self, metrics: StepMetrics) -> None:
         say(self._rank, metrics.line())
-        if self._file:
-            self._file.write(json.dumps(asdict(metrics)) + "\n")
-            self._file.flush()
+        if self._rank == 0:
+            with open(self._path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(metrics)) + "\n")
 
 
 def say(rank: int, message: str) -> None:

@@ -13,8 +13,9 @@ from xtuner_core.checkpoint import state, store
 from xtuner_core.config import SftConfig
 from xtuner_core.data.dataset import PackedDataset
 from xtuner_core.data.loader import Batch, load_step, steps_of
-from xtuner_core.errors import DataError, Interrupted
+from xtuner_core.errors import DataError, Interrupted, RecipeError
 from xtuner_core.guards import require_finite
+from xtuner_core.loss import require_plain_head
 from xtuner_core.metrics import MetricsLog, StepMetrics, clock, memory, say
 from xtuner_core.models.load import load_model
 from xtuner_core.optim.optimizer import make_optimizer, set_learning_rate
@@ -33,7 +34,10 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
     Raises:
         Interrupted: a signal came; a checkpoint of the last finished step was saved.
         DataError: there is nothing to train on, or a loss or gradient is not finite.
+        RecipeError: the packs of a step cannot be dealt out evenly to the processes.
     """
+    if config.train.global_batch_size % world.size:
+        raise RecipeError(f"train.global_batch_size ({config.train.global_batch_size}) must be a multiple of the {world.size} processes.")
     dataset = PackedDataset(config.data_dir)
     if len(dataset) == 0:
         raise DataError(f"{config.data_dir}: no packs to train on.")
@@ -44,8 +48,9 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
     run_started, run_tokens = clock(), 0
     for step in range(first, total):
         if any_rank(stop.asked, world):
-            save_checkpoint(config, model, optimizer, world, step)
-            raise Interrupted(f"stopped after step {step} of {total}; a checkpoint was saved, the same command continues from it.")
+            if step > first:  # otherwise there is nothing new to save
+                save_checkpoint(config, model, optimizer, world, step)
+            raise Interrupted(f"stopped after step {step} of {total}; the same command continues from there.")
         started = clock()
         batches = load_step(dataset, step, config.train.global_batch_size, config.seed, world.rank, world.size)
         loaded = clock()
@@ -78,7 +83,7 @@ def train_step(
     learned = sum_over_ranks(sum(batch.learned for batch in batches), world)
     total = 0.0
     for batch in batches:
-        loss = model.packed_loss(to_device(batch, world.device), config.train.loss_chunk)
+        loss = model.packed_loss(batch.to(world.device), config.train.loss_chunk)  # pyright: ignore[reportCallIssue]
         (loss * (world.size / max(1.0, learned))).backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.train.max_grad_norm, foreach=True)
@@ -93,10 +98,11 @@ def train_step(
 def build(config: SftConfig, world: World) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
     """Model with adapters and sharding, in this order, and its optimizer."""
     model = load_model(config.model_dir, config.train)
+    require_plain_head(model)
     model.train()
     if config.train.method == "lora":
         add_lora(model, config.train.lora, config.seed)
-    model.to(world.device)
+    model.to(world.device)  # pyright: ignore[reportArgumentType]
     trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
     say(world.rank, f"Total trainable parameters: {trained / 1e6:.1f}M, total parameters: {every / 1e6:.1f}M")
     shard(model, world, config.train.dtype)
@@ -109,12 +115,14 @@ def resume(config: SftConfig, model: PreTrainedModel, optimizer: torch.optim.Opt
     folder = store.newest(config.work_dir)
     if folder is None:
         return 0
+    facts = store.facts(folder)
     tensors = state.collect(model, optimizer, world)
+    if world.rank >= facts["world_size"]:  # a rank that did not exist then starts its own random stream
+        tensors = state.without_random_streams(tensors)
     store.load(folder, tensors)
     state.restore(model, optimizer, world, tensors)
-    step = store.facts(folder)["step"]
     say(world.rank, f"resumed from {folder.name}")
-    return step
+    return facts["step"]
 
 
 def save_checkpoint(config: SftConfig, model: PreTrainedModel, optimizer: torch.optim.Optimizer, world: World, step: int) -> None:
@@ -124,8 +132,3 @@ def save_checkpoint(config: SftConfig, model: PreTrainedModel, optimizer: torch.
     if world.rank == 0:
         store.keep_newest(config.work_dir, KEEP_CHECKPOINTS)
         say(world.rank, f"saved checkpoint {folder.name}")
-
-
-def to_device(batch: Batch, device: torch.device) -> Batch:
-    """The batch with its tensors on the device."""
-    return Batch(*(value.to(device) if torch.is_tensor(value) else value for value in (getattr(batch, name) for name in Batch.__slots__)))

@@ -5,6 +5,8 @@ Keys: `model.<name>` (trained parameters), `optim.<name>`, `rng.<rank>.<device>`
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from transformers import PreTrainedModel
@@ -29,14 +31,20 @@ def collect(model: PreTrainedModel, optimizer: torch.optim.Optimizer, world: Wor
     return tensors
 
 
+def without_random_streams(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """The same tensors but for the states of random generators."""
+    return {name: tensor for name, tensor in tensors.items() if not name.startswith("rng.")}
+
+
 def restore(model: PreTrainedModel, optimizer: torch.optim.Optimizer, world: World, tensors: dict[str, torch.Tensor]) -> None:
-    """Hand the tensors that were loaded into `collect`'s places to the optimizer and the random generators."""
-    state = {name: tensors.get(f"optim.{name}", value) for name, value in _optimizer_state(model, optimizer).items()}
+    """Hand the tensors that were loaded into `collect`'s places to the optimizer and, if they are among them, the random generators."""
+    state: dict[str, Any] = {name: tensors.get(f"optim.{name}", value) for name, value in _optimizer_state(model, optimizer).items()}
     set_optimizer_state_dict(model, optimizer, state, options=_OPTIONS)
-    torch.set_rng_state(tensors[f"rng.{world.rank}.cpu"])
-    if world.device.type == "cuda":
-        torch.cuda.set_rng_state(tensors[f"rng.{world.rank}.cuda"], world.device)
+    if (cpu := tensors.get(f"rng.{world.rank}.cpu")) is not None:
+        torch.set_rng_state(cpu)
+    if (cuda := tensors.get(f"rng.{world.rank}.cuda")) is not None:
+        torch.cuda.set_rng_state(cuda, world.device)
 
 
-def _optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, object]:
+def _optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return dict(get_optimizer_state_dict(model, optimizer, options=_OPTIONS))

@@ -1,7 +1,7 @@
 """Checkpoints on disk: safetensors written by DCP, published by rename, checked by sha256 before they are trusted.
 
-    WORK_DIR/checkpoints/step-N/tensors/*.safetensors
-                               /checkpoint.json      step, world size, sha256 of every tensor file
+WORK_DIR/checkpoints/step-N/tensors/*.safetensors
+                           /checkpoint.json      step, world size, sha256 of every tensor file and of these facts themselves
 """
 
 from __future__ import annotations
@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
+from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
 from xtuner_core.durable import publish, remove, write_json
 from xtuner_core.errors import DataError
@@ -33,10 +35,11 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any], 
         draft.mkdir(parents=True)
     dist.barrier()
     whole = {name: tensor.contiguous() for name, tensor in tensors.items()}
-    dcp.save(whole, storage_writer=HuggingFaceStorageWriter(str(draft / "tensors"), save_distributed=True))
+    save_tensors(whole, storage_writer=HuggingFaceStorageWriter(str(draft / "tensors"), save_distributed=True))
     dist.barrier()
     if world.rank == 0:
-        write_json(draft / "checkpoint.json", {**facts, "world_size": world.size, "files": _digests(draft)})
+        told = {**facts, "world_size": world.size, "files": _digests(draft)}
+        write_json(draft / "checkpoint.json", {**told, "sha256": _digest(told)})
         remove(folder)
         publish(draft, folder)
     dist.barrier()
@@ -44,7 +47,7 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any], 
 
 def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
     """Fill `tensors` in place from a checkpoint of any world size."""
-    dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "tensors")))
+    load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "tensors")))
 
 
 def newest(work_dir: Path) -> Path | None:
@@ -59,10 +62,11 @@ def facts(folder: Path) -> dict[str, Any]:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every tensor file has the bytes it was saved with (DCP itself would load a flipped byte without a word)."""
+    """Whether every file has the bytes it was saved with (DCP itself would load a flipped byte without a word)."""
     try:
-        return facts(folder)["files"] == _digests(folder)
-    except (OSError, ValueError, KeyError):
+        told = facts(folder)
+        return told.pop("sha256") == _digest(told) and told["files"] == _digests(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 
@@ -71,6 +75,10 @@ def keep_newest(work_dir: Path, count: int) -> None:
     folders = sorted((work_dir / "checkpoints").glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
     for folder in folders[:-count]:
         remove(folder)
+
+
+def _digest(told: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -91,8 +99,12 @@ def load_whole(folder: Path) -> dict[str, torch.Tensor]:
         raise DataError(f"{folder}: the checkpoint is damaged or incomplete. Run the training stage again.")
     reader = HuggingFaceStorageReader(str(folder / "tensors"))
     described = reader.read_metadata().state_dict_metadata
-    tensors = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in described.items()}
+    tensors = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in described.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
-        dcp.load(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "tensors")), no_dist=True)
+        load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "tensors")), no_dist=True)
     return tensors

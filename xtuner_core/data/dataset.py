@@ -1,11 +1,11 @@
 """Tokenized documents and packs on disk: flat arrays, memory-mapped, no pickle.
 
-    DIR/documents/00000/ids.bin       uint32 token ids, documents end to end (one folder for each input file)
-                        offsets.npy   int64 [documents + 1], in tokens
-                        loss.npy      int64 [spans, 2], token ranges that carry loss
-    DIR/packs/documents.npy           int64 [documents], document numbers in pack order
-              offsets.npy             int64 [packs + 1], into documents.npy
-    DIR/data.json                     template, vocabulary, counts
+DIR/documents/00000/ids.bin       uint32 token ids, documents end to end (one folder for each input file)
+                    offsets.npy   int64 [documents + 1], in tokens
+                    loss.npy      int64 [spans, 2], token ranges that carry loss
+DIR/packs/documents.npy           int64 [documents], document numbers in pack order
+          offsets.npy             int64 [packs + 1], into documents.npy
+DIR/data.json                     template, vocabulary, counts
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,10 @@ from xtuner_core.errors import DataError
 
 MAX_LINE_BYTES = 16 * 2**20
 MAX_DEPTH = 64
+MAX_DIGITS = 4000
+"""Python itself refuses to convert longer ones (a ValueError that is no JSONDecodeError)."""
 _MARK = b"\xef\xbb\xbf"
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 class Rejected(ValueError):
@@ -46,7 +50,9 @@ def input_files(patterns: Iterable[str | Path]) -> list[Path]:
         else:
             found = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if Path(name).is_file())
         if not found:
-            raise DataError(f"{pattern}: no such file, and no .jsonl file matches it. Check data.train (relative to where you are, or to the project).")
+            raise DataError(
+                f"{pattern}: no such file, and no .jsonl matches it. Check data.train (relative to where you are, or to the project)."
+            )
         files.update(dict.fromkeys(file.resolve() for file in found))
     return list(files)
 
@@ -65,7 +71,7 @@ def parse(line: Line) -> Any:
     """The JSON value of a line.
 
     Raises:
-        Rejected: too long, not UTF-8, not JSON, a duplicate key, NaN or infinity, nested too deeply.
+        Rejected: too long, not UTF-8, not JSON, a duplicate key, NaN or infinity, too many digits, half a character, nested too deeply.
     """
     if len(line.content) > MAX_LINE_BYTES:
         raise Rejected(f"line of {len(line.content)} bytes, at most {MAX_LINE_BYTES} are read")
@@ -74,26 +80,43 @@ def parse(line: Line) -> Any:
     except UnicodeDecodeError as error:
         raise Rejected(f"not UTF-8 at byte {error.start} of the line") from None
     try:
-        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant)
+        value = json.loads(text, object_pairs_hook=_unique, parse_constant=_no_constant, parse_int=_integer)
     except json.JSONDecodeError as error:
         raise Rejected(f"not JSON: {error.msg} at column {error.colno}") from None
     except RecursionError:
         raise Rejected(f"nested more than {MAX_DEPTH} levels") from None
     if text.count("[") + text.count("{") > MAX_DEPTH and _depth(value) > MAX_DEPTH:
         raise Rejected(f"nested more than {MAX_DEPTH} levels")
+    if _SURROGATE.search(text) and not _encodable(value):
+        raise Rejected("holds half a character (a lone surrogate), which has no UTF-8 form")
     return value
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    value = dict(pairs)
-    if len(value) < len(pairs):
-        twice = next(key for index, (key, _) in enumerate(pairs) if key in {other for other, _ in pairs[:index]})
-        raise Rejected(f"key {twice!r} appears twice in one object")
+    value: dict[str, Any] = {}
+    for key, item in pairs:
+        if key in value:
+            raise Rejected(f"key {key!r} appears twice in one object")
+        value[key] = item
     return value
 
 
 def _no_constant(name: str) -> Any:
     raise Rejected(f"{name} is not a JSON number")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > MAX_DIGITS:
+        raise Rejected(f"a number of {len(digits)} digits, at most {MAX_DIGITS} are read")
+    return int(digits)
+
+
+def _encodable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _depth(value: Any) -> int:

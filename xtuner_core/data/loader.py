@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -30,6 +30,11 @@ class Batch:
     @property
     def tokens(self) -> int:
         return self.input_ids.shape[1]
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on the device."""
+        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "labels", "position_ids", "boundaries")}
+        return replace(self, **moved)
 
     @property
     def learned(self) -> int:

@@ -30,7 +30,9 @@ class Template(Protocol):
 PROBES = (
     Conversation((Message("user", "Hello, who are you?"), Message("assistant", "A model.", loss=True))),
     Conversation((Message("system", "Be brief."), Message("user", " 12 + 345\n"), Message("assistant", "\n357", loss=True))),
-    Conversation((Message("user", "é 你好"), Message("assistant", "ok", loss=True), Message("user", "?"), Message("assistant", "yes", loss=True))),
+    Conversation(
+        (Message("user", "é 你好"), Message("assistant", "k", loss=True), Message("user", "?"), Message("assistant", "y", loss=True))
+    ),
 )
 
 
@@ -58,7 +60,7 @@ def choose_template(model_dir: Path, name: str | None) -> str:
         if reason is None:
             return candidate
     told = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
-    raise RecipeError(f"{model_dir}: no template gives the token ids of the model's own chat template ({told}). Set model.template, or add one.")
+    raise RecipeError(f"{model_dir}: no template gives the token ids of the model's own ({told}). Set model.template, or add a template.")
 
 
 def has_own_template(model_dir: Path) -> bool:
@@ -76,7 +78,8 @@ def own_tokenizer(model_dir: Path):  # noqa: ANN201 - a transformers class, impo
 def own_ids(model_dir: Path, conversations: Sequence[Conversation]) -> list[np.ndarray]:
     """Token ids of the folder's own chat template."""
     tokenizer = own_tokenizer(model_dir)
-    return [np.array(tokenizer.apply_chat_template(one.as_dicts(), tokenize=True, return_dict=False), dtype=np.uint32) for one in conversations]
+    encoded = (tokenizer.apply_chat_template(one.as_dicts(), tokenize=True, return_dict=False) for one in conversations)
+    return [np.array(ids, dtype=np.uint32) for ids in encoded]
 
 
 def first_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> str | None:

@@ -24,6 +24,8 @@ class ChatTokenizer:
 
     plain: Tokenizer
     control: dict[str, int]
+    special: frozenset[int]
+    """Ids that plain text must never become."""
     vocab_size: int
 
 
@@ -48,9 +50,10 @@ def load_tokenizer(model_dir: Path) -> ChatTokenizer:
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
         raise RecipeError(f"{path}: not a tokenizer ({error}). The base model's folder needs a fast tokenizer (tokenizer.json).") from None
     control = {entry["content"]: entry["id"] for entry in tree["added_tokens"]}
+    special = frozenset(entry["id"] for entry in tree["added_tokens"] if entry["special"])
     # Without added tokens no text can become a control token; without a post-processor nothing is added, and offsets stay exact.
     plain = Tokenizer.from_str(json.dumps({**tree, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}))
-    return ChatTokenizer(plain, control, whole.get_vocab_size(with_added_tokens=True))
+    return ChatTokenizer(plain, control, special, whole.get_vocab_size(with_added_tokens=True))
 
 
 def encode(tokenizer: ChatTokenizer, rendered: Sequence[Sequence[Piece]]) -> list[Document]:
@@ -99,6 +102,8 @@ def _assemble(tokenizer: ChatTokenizer, runs: list[_Run | Control], encodings: I
             loss.append(run.loss)
             continue
         encoding = next(encodings)
+        if not tokenizer.special.isdisjoint(encoding.ids):  # a model whose own vocabulary has them as words, as Unigram may
+            raise RecipeError("this tokenizer turns plain text into control tokens, so content could forge a turn; choose another model.base.")
         ids.extend(encoding.ids)
         # A token carries loss if any of its characters does.
         loss.extend(any(end > first and start < last for first, last in run.spans) for start, end in encoding.offsets)
@@ -107,5 +112,5 @@ def _assemble(tokenizer: ChatTokenizer, runs: list[_Run | Control], encodings: I
 
 def _control_id(tokenizer: ChatTokenizer, token: str) -> int:
     if token not in tokenizer.control:
-        raise RecipeError(f"the chat template needs the token {token!r}, which this tokenizer does not have; set model.template to another one.")
+        raise RecipeError(f"the chat template needs the token {token!r}, which this tokenizer lacks; set model.template to another one.")
     return tokenizer.control[token]

@@ -11,9 +11,12 @@ import torch
 import torch.nn.functional as F
 from transformers import AttentionInterface
 
+from xtuner_core.errors import RecipeError
+
 NAME = "xtuner_documents"
 SHORT = 512
 """Up to this length the CPU's own SDPA backward (bf16) is slower than two batched matrix products: 3 times at 256, 7 times at 64 tokens."""
+_MISSING = {"s_aux": "attention sinks", "softcap": "capped attention scores"}
 
 
 @torch.compiler.disable  # document lengths differ from pack to pack; compiled, they would recompile each time
@@ -36,18 +39,19 @@ def document_attention(
     never seen by a real token.
 
     Raises:
-        ValueError: no document bounds were passed (padded input would get no mask at all), or the model needs attention sinks.
+        ValueError: no document bounds were passed (padded input would get no mask at all).
+        RecipeError: the model needs attention sinks or capped scores, which are not there.
     """
     if cu_seq_lens_q is None:
         raise ValueError("document_attention needs cu_seq_lens_q; use attn_implementation='sdpa' for padded input")
-    if kwargs.get("s_aux") is not None:
-        raise ValueError("attention sinks are not supported")
+    if needed := [what for name, what in _MISSING.items() if kwargs.get(name) is not None]:
+        raise RecipeError(f"model.base: {type(module).__name__} needs {needed[0]}, which training here lacks; choose another model.")
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, D]
     out = torch.empty(rows[0].shape[0], query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     for places, real in _groups(cu_seq_lens_q.tolist()):
-        padded = [row[places].transpose(1, 2) for row in rows]  # [N, heads, L, D]
-        result = _causal(*padded, scale, dropout, sliding_window).transpose(1, 2)  # [N, L, H, D]
+        grouped_query, grouped_key, grouped_value = (row[places].transpose(1, 2) for row in rows)  # [N, heads, L, D]
+        result = _causal(grouped_query, grouped_key, grouped_value, scale, dropout, sliding_window).transpose(1, 2)  # [N, L, H, D]
         out = out.index_put((places[real],), result[real])
     return out.unsqueeze(0), None
 
@@ -67,9 +71,7 @@ def _places(documents: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tenso
     return starts + torch.minimum(step, lengths - 1), step < lengths
 
 
-def _causal(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dropout: float, window: int | None
-) -> torch.Tensor:
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dropout: float, window: int | None) -> torch.Tensor:
     """query `[N, H, L, D]`, key and value `[N, K, L, D]` → `[N, H, L, D]`."""
     length = query.shape[2]
     if query.device.type == "cpu" and length <= SHORT:

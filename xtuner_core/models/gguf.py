@@ -73,6 +73,4 @@ def _pre_tokenizer_name(gguf_file: Path) -> str | None:
 def _generation_config(tokenizer: PreTrainedTokenizerFast) -> GenerationConfig:
     from transformers import GenerationConfig
 
-    return GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
-    )
+    return GenerationConfig(bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)

@@ -44,9 +44,7 @@ def create_from_preset(name: str, folder: Path, seed: int) -> None:
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, dtype=config.dtype)
     bos, eos, pad, *_ = range(BYTES, BYTES + len(CONTROLS))
-    model.generation_config = GenerationConfig(
-        bos_token_id=bos, eos_token_id=[BYTES + CONTROLS.index(STOP), eos], pad_token_id=pad
-    )
+    model.generation_config = GenerationConfig(bos_token_id=bos, eos_token_id=[BYTES + CONTROLS.index(STOP), eos], pad_token_id=pad)
     save_model(model, folder)
     write_byte_tokenizer(folder)
     make_portable(folder)

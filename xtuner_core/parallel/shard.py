@@ -24,5 +24,5 @@ def shard(model: PreTrainedModel, world: World, dtype: str) -> None:
     for layer in model.model.layers:
         fully_shard(layer, **options)
     fully_shard(model, **{**options, "reshard_after_forward": False})
-    model.packed_loss = types.MethodType(packed_loss, model)
+    model.packed_loss = types.MethodType(packed_loss, model)  # pyright: ignore[reportArgumentType]
     register_fsdp_forward_method(model, "packed_loss")
