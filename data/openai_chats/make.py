@@ -146,48 +146,7 @@ DIALOGUES = (
     ),
 )
 # (request, an answer of four sentences or so)
-LONGER = (
-    (
-        "Tell a short story about a lighthouse.",
-        "The keeper lit the lamp every evening, although no ship had passed for years. One night a fisherman knocked and asked for the way. 'You are here,' said the keeper, and poured him tea. From then on he lit two lamps, one for the sea and one for the road.",
-    ),
-    (
-        "Describe a market in the morning.",
-        "The first vans arrive while it is still dark, and crates of cabbages slide over the stones. A baker sells warm rolls to the people who are setting up. By eight the square is loud and smells of coffee and wet flowers. At noon only a few leaves and a sparrow are left.",
-    ),
-    (
-        "Why is the sky blue?",
-        "Sunlight is a mixture of all colours. The air scatters its blue part far more than its red part, so blue reaches our eyes from every direction. In the evening the light crosses more air on its way to us. Most of the blue is lost by then, and the sunset looks red.",
-    ),
-    (
-        "Give an argument for and against school uniforms.",
-        "A uniform hides who has money and who does not, and it saves a quarrel every morning. On the other hand, clothes are one of the few things that a young person may choose. A fair middle way is a rule about colours only. Whatever a school decides, it should ask the pupils first.",
-    ),
-    (
-        "Explain how to boil an egg.",
-        "Bring water to the boil and lower the egg into it with a spoon. Six minutes give a soft yolk, and nine a firm one. Then hold the egg under cold water, so that it stops cooking and peels easily. Very fresh eggs are harder to peel than those that are a week old.",
-    ),
-    (
-        "Summarise the story of the ant and the grasshopper.",
-        "All summer an ant carries grain into her nest while a grasshopper sings. When winter comes, the grasshopper is hungry and asks for food. The ant reminds him of the summer. The lesson is that the time to prepare is before the need.",
-    ),
-    (
-        "How does a bicycle stay upright?",
-        "A rolling bicycle that starts to lean turns its front wheel into the lean by itself. That steers the wheels back under the rider. The faster it rolls, the stronger this effect becomes. At a walking pace the rider has to help, which is why beginners wobble.",
-    ),
-    (
-        "Write a short note to a neighbour about a noisy party.",
-        "Dear neighbour, on Saturday we are celebrating my mother's birthday in the garden. It may be loud until eleven, and we will be quiet after that. Please ring the bell if it is too much for you. Better still, come over and have a piece of cake.",
-    ),
-    (
-        "What makes a good team?",
-        "A good team knows what it wants to reach and who does which part. Its members say early when something goes wrong, because nobody is punished for bad news. They disagree about ideas without attacking each other. And they stop now and then to ask what they could do better.",
-    ),
-    (
-        "Describe the life of a butterfly.",
-        "A butterfly begins as an egg on a leaf. The caterpillar that hatches eats and grows for some weeks and sheds its skin several times. Then it hangs itself up and becomes a chrysalis, inside which its body is built anew. At last the butterfly breaks out, lets its wings dry, and flies.",
-    ),
-)
+LONGER = tuple(map(tuple, json.loads((HERE / "longer.json").read_text(encoding="utf-8"))))
 # Lines with letters beyond ASCII: a byte tokenizer splits them, and nothing may cut a character in half.
 BEYOND_ASCII = (
     ("请用一句话介绍长城。", "长城是中国古代修建的防御工程，绵延上万里，今天是人们喜爱的名胜。"),
