@@ -29,6 +29,7 @@ from filelock import FileLock, Timeout
 from pipelines.recipe import Recipe
 from pipelines.stage import Log, Metrics, Stage, Work
 from xtuner_core.durable import publish, remove, write_json
+from xtuner_core.errors import DataError
 
 SCHEMA = 1
 _ENVIRONMENT = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "prefect")
@@ -194,6 +195,7 @@ class Store:
             folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
         metrics = stage.run(recipe, Work({name: item.payload for name, item in inputs.items()}, **parts, log=log))
+        self._require_unchanged(stage.files(recipe), ingredients["files"])
         remove(parts["scratch"])
         manifest = {
             "schema": SCHEMA,
@@ -213,6 +215,11 @@ class Store:
         write_json(attempt / "stamps.json", _stamps(attempt, manifest))
         publish(attempt, self.root / stage.name / key)
         return Artifact(self.root / stage.name / key)
+
+    def _require_unchanged(self, files: list[Path], digests: list[str]) -> None:
+        """The key was made from the files' old bytes: an artifact of their new ones must not get that name."""
+        if [self.file_digest(path) for path in files] != digests:
+            raise DataError(f"one of {', '.join(map(str, files[:5]))} changed while it was read. Run the same command again.")
 
 
 def key_of(ingredients: dict[str, Any]) -> str:
@@ -234,8 +241,13 @@ def describe_files(root: Path) -> dict[str, Any]:
         for part in ("payload", "record")
         for path in _walk(root / part)
     ]
+    return {"files": files, "payload_digest": payload_digest(files)}
+
+
+def payload_digest(files: list[dict[str, Any]]) -> str:
+    """What later stages depend on: names and bytes of the payload's files."""
     lines = [f"{entry['path']}\0{entry['sha256']}\n" for entry in files if entry["path"].startswith("payload/")]
-    return {"files": files, "payload_digest": hashlib.sha256("".join(lines).encode()).hexdigest()}
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _walk(root: Path) -> list[Path]:
@@ -262,27 +274,32 @@ def _stamps(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
 def _check(artifact: Artifact, full: bool) -> None:
     try:
         manifest = artifact.manifest
-        files, key = manifest["files"], manifest["key"]
-    except (OSError, ValueError, KeyError) as error:
-        raise Damaged(f"manifest.json: {error}") from None
-    if manifest.get("schema") != SCHEMA or key != artifact.path.name:
+        is_ours = manifest["schema"] == SCHEMA and key_of(manifest["ingredients"]) == manifest["key"] == artifact.path.name
+        files = [(entry["path"], entry["bytes"], entry["sha256"]) for entry in manifest["files"]]
+        digest = payload_digest(manifest["files"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(f"manifest.json: not readable ({error!r})") from None
+    if not is_ours:
         raise Damaged("manifest.json: of another artifact or schema")
+    if digest != manifest.get("payload_digest"):
+        raise Damaged("manifest.json: its digest is not that of its files")
     try:
         seen = json.loads((artifact.path / "stamps.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        seen = dict(seen)
+    except (OSError, ValueError, TypeError):
         seen = {}
     moved = full
-    for entry in files:
-        path = artifact.path / entry["path"]
+    for name, size, bytes_digest in files:
+        path = artifact.path / name
         try:
             status = path.stat()
         except OSError:
-            raise Damaged(f"{entry['path']}: missing") from None
-        if status.st_size != entry["bytes"]:
-            raise Damaged(f"{entry['path']}: {status.st_size} bytes instead of {entry['bytes']}")
-        if full or seen.get(entry["path"]) != status.st_mtime_ns:
+            raise Damaged(f"{name}: missing") from None
+        if status.st_size != size:
+            raise Damaged(f"{name}: {status.st_size} bytes instead of {size}")
+        if full or seen.get(name) != status.st_mtime_ns:
             moved = True
-            if sha256(path) != entry["sha256"]:
-                raise Damaged(f"{entry['path']}: its bytes changed")
+            if sha256(path) != bytes_digest:
+                raise Damaged(f"{name}: its bytes changed")
     if moved:
         write_json(artifact.path / "stamps.json", _stamps(artifact.path, manifest))
