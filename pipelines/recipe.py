@@ -81,6 +81,10 @@ class Recipe(Config):
     chat: ChatConfig
 
 
+_UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
+"""What yaml raises: also for bytes that are no UTF-8, a date such as 2001-99-99, and a thousand nested lists."""
+
+
 def shipped_names() -> list[str]:
     """The recipes that come with the project."""
     return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
@@ -110,7 +114,7 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] | list[str] = ()) 
     path = recipe_file(name_or_path)
     try:
         tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except _UNREADABLE as error:
         raise RecipeError(f"{path}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
         raise RecipeError(f"{path}: a recipe is a mapping of fields, this file holds {type(tree).__name__}.")
@@ -137,7 +141,7 @@ def _apply(tree: dict[str, Any], override: str) -> None:
         raise RecipeError(f"--set {override}: write field=value, for example --set train.total_step=20.")
     try:
         value = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except _UNREADABLE:
         value = text
     *parents, leaf = field.strip().split(".")
     node = tree
@@ -163,7 +167,14 @@ def _explain(source: str, problem: Any) -> str:
     field = ".".join(str(part) for part in problem["loc"]) or "(whole recipe)"
     if problem["type"] == "extra_forbidden":
         return f"{source}: unknown field {field}; known there: {', '.join(_fields_beside(problem['loc']))}."
-    return f"{source}: {field}: {problem['msg']} (got {problem['input']!r})."
+    if problem["type"] == "missing":
+        return f"{source}: {field} is missing."
+    return f"{source}: {field}: {problem['msg']} (got {_short(problem['input'])})."
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _fields_beside(location: tuple[Any, ...]) -> list[str]:
