@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from safetensors import SafetensorError
+
 from pipelines.artifacts import Artifact, Result, Store
 from pipelines.pipeline import Node, needed_for
 from pipelines.recipe import Recipe
-from xtuner_core.errors import Interrupted
+from xtuner_core.errors import Interrupted, StorageError
 
 
 def run_until(name: str, recipe: Recipe, store: Store, say: Callable[[str], None]) -> Result:
@@ -26,8 +28,13 @@ def run_node(node: Node, recipe: Recipe, store: Store, made: dict[str, Artifact]
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; what is finished is kept.
+        StorageError: tensors cannot be written (safetensors does not raise an OSError when the disk is full).
     """
     try:
         return store.produce(node.stage, recipe, {name: made[source] for name, source in node.inputs.items()}, log)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted in {node.name}; finished stages are kept, run the same command again to continue.") from None
+    except SafetensorError as error:
+        raise StorageError(
+            f"{node.name}: {error}. Check space and permissions below {store.root}, then run the same command again."
+        ) from None
