@@ -17,10 +17,21 @@ from xtuner_core.errors import BUG, RecipeError, UserError, from_os_error
 
 INTERRUPTED = 75
 
+
+def _version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("xtuner-pipeline")
+    except PackageNotFoundError:
+        return "not installed"
+
+
 _STAGES = Group("One stage (and what it needs), without Prefect")
 app = App(
     name="xtuner",
     help="Fine-tune a language model: prepare → train → convert → eval → chat, a verifiable artifact after every stage.",
+    version=_version,
     version_flags=["--version"],
 )
 env = App(name="env", help="Environments of tools whose pins contradict ours (OpenCompass).")
@@ -217,7 +228,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code says how it went, and a user's mistake is told without a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        app(arguments, exit_on_error=False, print_error=True)
+        app(arguments, exit_on_error=False, print_error=True, result_action="return_value")
         return 0
     except CycloptsError:
         return RecipeError.exit_code
