@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 
-import pytest  # noqa: E402
+import pytest
 
-from pipelines import base_model  # noqa: E402
-from pipelines.artifacts import Store  # noqa: E402
-from pipelines.recipe import PROJECT, load_recipe  # noqa: E402
+from pipelines import base_model, prepare
+from pipelines.artifacts import Store
+from pipelines.recipe import PROJECT, load_recipe
+from pipelines.stage import Work
 
 TEST_STORE = PROJECT / ".environments" / "test-store"
 
@@ -33,12 +35,19 @@ def tiny_model_folder() -> Path:
 
 
 @pytest.fixture(scope="session")
-def prepare_data(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Work]:
-    """Run the real prepare stage of the tiny recipe: `--set` overrides → where it wrote, also if it failed."""
+def prepare_place(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[], Work]:
+    """A new, empty place for the prepare stage, with the tiny model as its input."""
 
-    def prepare_with(*overrides: str, work: Work | None = None) -> Work:
-        work = work or new_work(tmp_path_factory.mktemp("prepared"), tiny_model_folder)
-        prepare.run(load_recipe("qwen3_tiny_full_openai", overrides), work)
-        return work
+    def place() -> Work:
+        parts = {part: tmp_path_factory.mktemp(part) for part in ("payload", "record", "scratch")}
+        return Work({"base": tiny_model_folder.parent}, **parts, log=print)
 
-    return prepare_with
+    return place
+
+
+@pytest.fixture(scope="session")
+def tiny_data(prepare_place: Callable[[], Work]) -> Path:
+    """The tiny recipe's packed data."""
+    work = prepare_place()
+    prepare.run(load_recipe("qwen3_tiny_full_openai"), work)
+    return work.payload

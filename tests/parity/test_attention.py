@@ -1,0 +1,130 @@
+"""Document attention against transformers' eager attention on each document alone."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from xtuner_core.errors import RecipeError
+from xtuner_core.models import attention
+
+VOCABULARY = 97
+LENGTHS = [1, 40, 7, 1, 23, 64, 5]
+TOLERANCE = 1e-5
+SMALL = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.3,  # so that attention is far from uniform
+    "pad_token_id": None,
+    "bos_token_id": 0,
+    "eos_token_id": 0,
+}
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama"},
+    "qwen3": {"model_type": "qwen3"},
+    "mistral": {"model_type": "mistral", "sliding_window": 9},
+    "gemma3": {
+        "model_type": "gemma3_text",
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "query_pre_attn_scalar": 16,  # a scaling that is not 1 / sqrt(head_dim)
+    },
+}
+
+
+def models(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """The same random weights with eager attention and with ours."""
+    torch.manual_seed(0)
+    eager, packed = (
+        AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(**SMALL, **MODELS[name]), attn_implementation=implementation, dtype=torch.float32
+        )
+        for implementation in ("eager", attention.register())
+    )
+    packed.load_state_dict(eager.state_dict())
+    return eager, packed
+
+
+def packing(lengths: list[int]) -> dict[str, Any]:
+    bounds = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    longest = {"max_length_q": max(lengths), "max_length_k": max(lengths)}
+    return {"position_ids": positions, "use_cache": False, "cu_seq_lens_q": bounds, "cu_seq_lens_k": bounds, **longest}
+
+
+def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
+    """Largest difference, relative to the largest value."""
+    return float((found - expected).detach().abs().max() / expected.detach().abs().max())
+
+
+@pytest.mark.parametrize("short", [512, 16, 0])  # every document by matrix products, some, none
+@pytest.mark.parametrize("name", MODELS)
+def test_a_packed_row_equals_its_documents_alone(name: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "SHORT", short)
+    eager, packed = models(name)
+    ids = torch.randint(VOCABULARY, (1, sum(LENGTHS)))
+    weight = torch.randn(1, sum(LENGTHS), VOCABULARY)
+    bounds = [0, *torch.tensor(LENGTHS).cumsum(0).tolist()]
+    alone = torch.cat([eager(input_ids=ids[:, start:end]).logits for start, end in pairwise(bounds)], dim=1)
+    together = packed(input_ids=ids, **packing(LENGTHS)).logits
+    assert difference(together, alone) <= TOLERANCE
+    for logits in (alone, together):
+        (logits * weight).sum().backward()
+    for (parameter, expected), (_, found) in zip(eager.named_parameters(), packed.named_parameters(), strict=True):
+        assert expected.grad is not None and found.grad is not None, parameter
+        assert difference(found.grad, expected.grad) <= TOLERANCE, parameter
+
+
+def test_the_window_matters_at_these_lengths() -> None:
+    ids = torch.arange(64)[None]
+    _, windowed = models("mistral")
+    _, whole = models("llama")
+    whole.load_state_dict(windowed.state_dict())
+    assert difference(windowed(input_ids=ids, **packing([64])).logits, whole(input_ids=ids, **packing([64])).logits) > 0.01
+
+
+def test_documents_do_not_see_each_other() -> None:
+    _, packed = models("qwen3")
+    ids = torch.randint(VOCABULARY, (1, sum(LENGTHS)))
+    before = packed(input_ids=ids, **packing(LENGTHS)).logits
+    ids[0, 1:41] = (ids[0, 1:41] + 1) % VOCABULARY  # every token of the second document
+    changed = (packed(input_ids=ids, **packing(LENGTHS)).logits != before).any(-1)[0]
+    assert changed[1:41].all() and not changed[:1].any() and not changed[41:].any()
+
+
+def test_dropout_keeps_the_expected_value(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
+    rows = [torch.randn(1, heads, 12, 8) for heads in (4, 2, 2)]
+    bounds = torch.tensor([0, 12], dtype=torch.int32)
+    for short in (512, 0):
+        monkeypatch.setattr(attention, "SHORT", short)
+        plain, _ = attention.document_attention(torch.nn.Identity(), *rows, None, cu_seq_lens_q=bounds)
+        dropped = [
+            attention.document_attention(torch.nn.Identity(), *rows, None, dropout=0.2, cu_seq_lens_q=bounds)[0] for _ in range(2000)
+        ]
+        assert difference(torch.stack(dropped).mean(0), plain) < 0.05
+        assert not torch.equal(dropped[0], dropped[1])
+
+
+def test_input_without_document_bounds_is_refused() -> None:
+    _, packed = models("llama")
+    with pytest.raises(ValueError, match="needs cu_seq_lens_q"):
+        packed(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
+
+
+@pytest.mark.parametrize(("model_type", "needed"), [("gpt_oss", "attention sinks"), ("gemma2", "capped attention scores")])
+def test_attention_that_would_be_silently_wrong_is_refused(model_type: str, needed: str) -> None:
+    config = AutoConfig.for_model(model_type, **SMALL, num_local_experts=2, num_experts_per_tok=1)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register())
+    with pytest.raises(RecipeError, match=needed):
+        model(input_ids=torch.zeros(1, 4, dtype=torch.long), **packing([4]))
