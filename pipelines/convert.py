@@ -39,8 +39,8 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     probes = [sample["ids"] for sample in _samples(work)[:PROBES]]
     merged, checks = _merge(recipe, work, base_dir, probes)
     reference = _logits(merged, probes)
-    _require_finite(merged)
     exported = {name: tensor.to(_dtype(recipe)) for name, tensor in merged.state_dict().items()}
+    _require_finite(exported)
     merged.to(_dtype(recipe))  # pyright: ignore[reportArgumentType]
     save_model(merged, model_dir, recipe.convert.max_shard_size)
     _copy_tokenizer(base_dir, model_dir)
@@ -70,9 +70,11 @@ def _merge(recipe: Recipe, work: Work, base_dir: Path, probes: list[list[int]]) 
     from xtuner_core.checkpoint.store import load_whole
 
     trained = load_whole(work.inputs["checkpoint"] / "checkpoint")
+    _require_fit(recipe, base_dir, trained)
+    _require_finite(trained)
     base = _load(base_dir, torch.float32)
     if recipe.train.method == "full":
-        _put(base, trained)
+        base.load_state_dict(trained, strict=False)  # a tied tensor is there once
         return base, {}
 
     from peft import PeftModel
@@ -88,10 +90,21 @@ def _merge(recipe: Recipe, work: Work, base_dir: Path, probes: list[list[int]]) 
     return merged, {"merge_error": relative}
 
 
-def _put(model: PreTrainedModel, trained: Mapping[str, torch.Tensor]) -> None:
-    result = model.load_state_dict(dict(trained), strict=False)
-    if result.unexpected_keys:
-        raise DataError(f"the checkpoint has tensors that the base model lacks: {', '.join(result.unexpected_keys[:5])}.")
+def _require_fit(recipe: Recipe, base_dir: Path, trained: Mapping[str, torch.Tensor]) -> None:
+    """The checkpoint must have exactly the tensors that this recipe trains of this base; peft and torch overlook missing ones."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from xtuner_core.adapters.lora import add_lora
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_dir, local_files_only=True))
+        if recipe.train.method == "lora":
+            add_lora(model, recipe.train.lora, recipe.seed)
+    expected = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    found = {name: tensor.shape for name, tensor in trained.items()}
+    if wrong := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+        raise DataError(f"the checkpoint was trained with another base model or method; it differs in {', '.join(wrong[:5])}.")
 
 
 def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -123,12 +136,12 @@ def _agreement(reference: list[torch.Tensor], other: list[torch.Tensor], tie: fl
     return kept / sum(len(logits) for logits in reference)
 
 
-def _require_finite(model: torch.nn.Module) -> None:
+def _require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
     import torch
 
-    for name, tensor in model.state_dict().items():
+    for name, tensor in tensors.items():
         if not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"tensor {name} of the trained model holds NaN or infinity; it is not exported. Train with a lower train.lr.")
+            raise DataError(f"tensor {name} holds NaN or infinity as {tensor.dtype}; it is not exported. Train with a lower train.lr.")
 
 
 def _require_same_keys(base_dir: Path, model_dir: Path) -> None:
