@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -18,20 +17,6 @@ from xtuner_core.errors import DataError, RecipeError
 
 TINY = "qwen3_tiny_full_openai"
 DATA = ("data.train=data/openai_chats/heldout.jsonl",)
-
-
-@pytest.fixture(scope="module")
-def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store in which base and prepare are whole."""
-    root = tmp_path_factory.mktemp("prepared") / "store"
-    run_until("prepare", load_recipe(TINY, DATA), Store(root), print)
-    return root
-
-
-@pytest.fixture
-def store(prepared: Path, tmp_path: Path) -> Store:
-    shutil.copytree(prepared, tmp_path / "store")
-    return Store(tmp_path / "store")
 
 
 def planned(store: Store, *overrides: str) -> dict[str, Planned]:
@@ -55,50 +40,52 @@ def test_an_empty_store_makes_the_base_and_the_rest_depends(tmp_path: Path) -> N
     assert not (tmp_path / "nothing" / "base").exists()
 
 
-def test_what_is_whole_is_cached_and_its_place_told(store: Store) -> None:
-    steps = planned(store)
+def test_what_is_whole_is_cached_and_its_place_told(prepared_store: Store) -> None:
+    steps = planned(prepared_store)
     assert states(steps) == ["cached", "cached", "will run", "depends", "will run", "depends", "depends"]
-    assert steps["prepare"].why == str(artifact(store, "prepare").path)
-    assert steps["prepare"].key == artifact(store, "prepare").path.name
+    assert steps["prepare"].why == str(artifact(prepared_store, "prepare").path)
+    assert steps["prepare"].key == artifact(prepared_store, "prepare").path.name
     assert (steps["train"].why, steps["convert"].why) == ("never made", "on train")
 
 
-def test_plan_names_the_key_that_the_run_then_makes(store: Store) -> None:
+def test_plan_names_the_key_that_the_run_then_makes(prepared_store: Store) -> None:
     override = "data.pack_length=2048"
-    key = planned(store, override)["prepare"].key
-    result = run_until("prepare", load_recipe(TINY, [*DATA, override]), store, print)
+    key = planned(prepared_store, override)["prepare"].key
+    result = run_until("prepare", load_recipe(TINY, [*DATA, override]), prepared_store, print)
     assert (result.cached, result.artifact.path.name) == (False, key)
 
 
-def test_a_changed_setting_is_named_with_before_and_after(store: Store) -> None:
-    assert planned(store, "data.pack_length=2048")["prepare"].why == "settings.data.pack_length: 1024 → 2048"
+def test_a_changed_setting_is_named_with_before_and_after(prepared_store: Store) -> None:
+    assert planned(prepared_store, "data.pack_length=2048")["prepare"].why == "settings.data.pack_length: 1024 → 2048"
 
 
-def test_a_change_of_the_base_says_so_and_the_rest_depends(store: Store) -> None:
-    steps = planned(store, "seed=43")
+def test_a_change_of_the_base_says_so_and_the_rest_depends(prepared_store: Store) -> None:
+    steps = planned(prepared_store, "seed=43")
     assert steps["base"].why == "settings.seed: 42 → 43"
     assert states(steps) == ["will run"] + ["depends"] * 6
 
 
-def test_a_changed_file_is_named_by_its_digest(store: Store, tmp_path: Path) -> None:
+def test_a_changed_file_is_named_by_its_digest(prepared_store: Store, tmp_path: Path) -> None:
     data = tmp_path / "more.jsonl"
     data.write_text('[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]\n')
-    before, after = artifact(store, "prepare").manifest["ingredients"]["files"][0], store.file_digest(data)
-    assert planned(store, f"data.train={data}")["prepare"].why == f"files[0]: {before[:12]} → {after[:12]}"
+    before, after = artifact(prepared_store, "prepare").manifest["ingredients"]["files"][0], prepared_store.file_digest(data)
+    assert planned(prepared_store, f"data.train={data}")["prepare"].why == f"files[0]: {before[:12]} → {after[:12]}"
     shipped = Path(__file__).parents[3] / "data/openai_chats/heldout.jsonl"
-    assert planned(store, f"data.train={shipped},{data}")["prepare"].why == f"files[1]: None → {after[:12]}"
+    assert planned(prepared_store, f"data.train={shipped},{data}")["prepare"].why == f"files[1]: None → {after[:12]}"
 
 
-def test_of_many_changes_the_first_three_are_named(store: Store) -> None:
-    why = planned(store, "data.pack_length=2048", "data.max_length=512", "data.max_rejected=0.5", "model.template=chatml")["prepare"].why
+def test_of_many_changes_the_first_three_are_named(prepared_store: Store) -> None:
+    why = planned(prepared_store, "data.pack_length=2048", "data.max_length=512", "data.max_rejected=0.5", "model.template=chatml")[
+        "prepare"
+    ].why
     assert why == (
         "settings.data.max_length: 1024 → 512; settings.data.max_rejected: 0.0 → 0.5; settings.data.pack_length: 1024 → 2048; and 1 more"
     )
 
 
-def test_what_does_not_decide_bytes_changes_nothing(store: Store) -> None:
-    assert states(planned(store, "chat.port=8123", "eval.timeout=99", "train.checkpoint_interval=3", "description=x")) == states(
-        planned(store)
+def test_what_does_not_decide_bytes_changes_nothing(prepared_store: Store) -> None:
+    assert states(planned(prepared_store, "chat.port=8123", "eval.timeout=99", "train.checkpoint_interval=3", "description=x")) == states(
+        planned(prepared_store)
     )
 
 
@@ -110,30 +97,30 @@ def test_what_does_not_decide_bytes_changes_nothing(store: Store) -> None:
         (lambda folder: (folder / "manifest.json").write_text("[]"), "damaged: manifest.json: "),
     ],
 )
-def test_damage_will_be_rebuilt_and_what_needs_it_depends(store: Store, damage: Callable[[Path], object], why: str) -> None:
-    damage(artifact(store, "prepare").path)
-    steps = planned(store)
+def test_damage_will_be_rebuilt_and_what_needs_it_depends(prepared_store: Store, damage: Callable[[Path], object], why: str) -> None:
+    damage(artifact(prepared_store, "prepare").path)
+    steps = planned(prepared_store)
     assert steps["prepare"].state == "will run"
     assert steps["prepare"].why.startswith(why)
     assert states(steps) == ["cached", "will run", "depends", "depends", "will run", "depends", "depends"]
-    assert artifact(store, "prepare").path.is_dir(), "plan only looks"
+    assert artifact(prepared_store, "prepare").path.is_dir(), "plan only looks"
 
 
-def test_a_cached_plan_takes_little_processor_time(store: Store) -> None:
-    planned(store)
+def test_a_cached_plan_takes_little_processor_time(prepared_store: Store) -> None:
+    planned(prepared_store)
     started = time.process_time()
-    planned(store)
+    planned(prepared_store)
     assert time.process_time() - started < 0.3
 
 
-def test_missing_data_is_told(store: Store) -> None:
+def test_missing_data_is_told(prepared_store: Store) -> None:
     with pytest.raises(DataError, match=r"nosuch\.jsonl: no such file.*data\.train"):
-        planned(store, "data.train=nosuch.jsonl")
+        planned(prepared_store, "data.train=nosuch.jsonl")
 
 
-def test_a_base_that_means_nothing_is_told(store: Store) -> None:
+def test_a_base_that_means_nothing_is_told(prepared_store: Store) -> None:
     with pytest.raises(RecipeError, match=r"model\.base: 'nosuch': no such file or folder"):
-        planned(store, "model.base=nosuch")
+        planned(prepared_store, "model.base=nosuch")
 
 
 @pytest.mark.parametrize(
