@@ -9,7 +9,7 @@ import json
 import os
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from xtuner_core.errors import DataError
 ENVIRONMENT = "opencompass"
 MODEL = "model"
 """What OpenCompass calls the model in its output folders."""
-QUESTION, ANSWER = "held_out_question", "held_out_answer"
+QUESTION, ANSWER, SYSTEM = "held_out_question", "held_out_answer", "held_out_system"
 """Column names; OpenCompass also replaces `{column}` inside the questions, so they are names no question has."""
 ROUND = [{"role": "HUMAN", "api_role": "HUMAN"}, {"role": "BOT", "api_role": "BOT", "generate": True}]
 """A conversation's shape; the default has an empty system turn behind the user's, which adds a line break to every question."""
@@ -51,7 +51,8 @@ def evaluate(model_dir: Path, config: EvalConfig, work: Path, log: Log) -> dict[
     python = ensure(ENVIRONMENT, log)
     for name, samples in asked.items():
         write_questions(work / "questions" / f"{name}.jsonl", samples)
-    write_json(work / "config.json", experiment(model_dir, config, work / "questions", context))
+    with_system = {name for name, samples in asked.items() if system(samples[0]) is not None}
+    write_json(work / "config.json", experiment(model_dir, config, work / "questions", context, with_system))
     _run(python, work, config.timeout, log)
     return {name: read_score(work, name, samples) for name, samples in asked.items()}
 
@@ -66,12 +67,24 @@ def questions(dataset: EvalDataset, limit: int | None) -> list[HeldOut]:
     samples = read_heldout(path)[:limit]
     for sample in samples:
         roles = [message["role"] for message in sample.messages]
-        if roles != ["user"] or not sample.messages[0]["content"]:
+        if roles not in (["user"], ["system", "user"]) or not question(sample):
             raise DataError(
-                f"{path}:{sample.line}: evaluation asks one user message and compares one assistant message, "
-                f"but {' + '.join(roles)} precede the answer. Put everything into one non-empty user message, or remove this line."
+                f"{path}:{sample.line}: evaluation asks one user message, behind a system message if there is one, and compares one "
+                f"assistant message, but {' + '.join(roles)} precede the answer. Put the rest into a non-empty user message, or remove it."
             )
+        if (system(sample) is None) != (system(samples[0]) is None):
+            raise DataError(f"{path}:{sample.line}: either all conversations of a file have a system message, or none.")
     return samples
+
+
+def question(sample: HeldOut) -> str:
+    """The user's message."""
+    return sample.messages[-1]["content"]
+
+
+def system(sample: HeldOut) -> str | None:
+    """The system message, if there is one."""
+    return sample.messages[0]["content"] if sample.messages[0]["role"] == "system" else None
 
 
 def context_length(model_dir: Path) -> int:
@@ -89,25 +102,29 @@ def context_length(model_dir: Path) -> int:
 
 def order(samples: Sequence[HeldOut]) -> list[int]:
     """Indices by length of question: prompts of one batch are padded to its longest."""
-    return sorted(range(len(samples)), key=lambda index: len(samples[index].messages[0]["content"]))
+    return sorted(range(len(samples)), key=lambda index: len(question(samples[index])))
 
 
 def write_questions(path: Path, samples: Sequence[HeldOut]) -> None:
     """One JSON object a line, in the order they are asked."""
-    rows = [{QUESTION: samples[index].messages[0]["content"], ANSWER: samples[index].expected} for index in order(samples)]
+    asked = [samples[index] for index in order(samples)]
+    rows = [{QUESTION: question(sample), ANSWER: sample.expected, SYSTEM: system(sample) or ""} for sample in asked]
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def experiment(model_dir: Path, config: EvalConfig, folder: Path, context: int) -> dict[str, Any]:
-    """OpenCompass' configuration as plain data (its usual form is a Python file that is executed)."""
+def experiment(model_dir: Path, config: EvalConfig, folder: Path, context: int, with_system: Collection[str] = ()) -> dict[str, Any]:
+    """OpenCompass' configuration as plain data (its usual form is a Python file that is executed).
+
+    `with_system` names the data sets whose questions stand behind a system message.
+    """
     return {
         "models": [
             {
                 "type": "opencompass.models.HuggingFacewithChatTemplate",
                 "abbr": MODEL,
                 "path": str(model_dir.resolve()),
-                "meta_template": {"round": ROUND},
+                "meta_template": {"round": ROUND, "reserved_roles": [{"role": "SYSTEM", "api_role": "SYSTEM"}]},
                 "model_kwargs": {"device_map": "auto", "torch_dtype": "bfloat16", "trust_remote_code": False},
                 "tokenizer_kwargs": {"trust_remote_code": False},
                 "generation_kwargs": {"do_sample": False},
@@ -116,17 +133,18 @@ def experiment(model_dir: Path, config: EvalConfig, folder: Path, context: int) 
                 "run_cfg": {"num_gpus": 0},
             }
         ],
-        "datasets": [_dataset(dataset, folder / f"{dataset.name}.jsonl") for dataset in config.datasets],
+        "datasets": [_dataset(dataset, folder / f"{dataset.name}.jsonl", dataset.name in with_system) for dataset in config.datasets],
     }
 
 
-def _dataset(dataset: EvalDataset, path: Path) -> dict[str, Any]:
-    prompt = {"round": [{"role": "HUMAN", "prompt": f"{{{QUESTION}}}"}, {"role": "BOT", "prompt": f"{{{ANSWER}}}"}]}
+def _dataset(dataset: EvalDataset, path: Path, with_system: bool) -> dict[str, Any]:
+    begin = {"begin": [{"role": "SYSTEM", "fallback_role": "HUMAN", "prompt": f"{{{SYSTEM}}}"}]} if with_system else {}
+    prompt = begin | {"round": [{"role": "HUMAN", "prompt": f"{{{QUESTION}}}"}, {"role": "BOT", "prompt": f"{{{ANSWER}}}"}]}
     return {
         "abbr": dataset.name,
         "type": "opencompass.datasets.CustomDataset",
         "path": str(path.resolve()),
-        "reader_cfg": {"input_columns": [QUESTION], "output_column": ANSWER},
+        "reader_cfg": {"input_columns": [QUESTION, SYSTEM], "output_column": ANSWER},
         "infer_cfg": {
             "prompt_template": {"type": "opencompass.openicl.PromptTemplate", "template": prompt},
             "retriever": {"type": "opencompass.openicl.ZeroRetriever"},
@@ -210,13 +228,16 @@ def read_score(work: Path, name: str, samples: Sequence[HeldOut]) -> DatasetScor
     return DatasetScore(accuracy, judged)
 
 
+_ROLES = {"system": "SYSTEM", "user": "HUMAN"}
+
+
 def _judge(sample: HeldOut, prediction: dict[str, Any], work: Path) -> Sample:
-    question = sample.messages[0]["content"]
+    meant = [(_ROLES[message["role"]], message["content"]) for message in sample.messages]
     asked = [(turn["role"], turn["prompt"]) for turn in prediction["origin_prompt"]]
-    if (asked, prediction["gold"]) != ([("HUMAN", question)], sample.expected):
-        raise _failure(work, f"changed the sample of line {sample.line}: {question!r} became {asked!r}")
+    if (asked, prediction["gold"]) != (meant, sample.expected):
+        raise _failure(work, f"changed the sample of line {sample.line}: {meant!r} became {asked!r}")
     answer = str(prediction["prediction"])
-    return Sample(question, sample.expected, answer, answer == sample.expected)
+    return Sample(question(sample), sample.expected, answer, answer == sample.expected)
 
 
 def _output(work: Path, kind: str, name: str) -> dict[str, Any]:

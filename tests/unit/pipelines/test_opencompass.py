@@ -33,6 +33,25 @@ def _dataset(folder: Path, *rows: Any) -> EvalDataset:
     return EvalDataset(name="tickets", path=str(path), max_out_len=16)
 
 
+def test_a_system_message_stands_before_every_question_or_before_none(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be brief."}
+    path = tmp_path / "heldout.jsonl"
+    dataset = EvalDataset.model_validate({"name": "tickets", "path": str(path)})
+
+    path.write_text(json.dumps([system, USER, ANSWER]) + "\n")
+    (sample,) = opencompass.questions(dataset, None)
+    opencompass.write_questions(tmp_path / "questions.jsonl", [sample])
+    assert json.loads((tmp_path / "questions.jsonl").read_text()) == {
+        opencompass.SYSTEM: "Be brief.",
+        opencompass.QUESTION: USER["content"],
+        opencompass.ANSWER: ANSWER["content"],
+    }
+
+    path.write_text(json.dumps([system, USER, ANSWER]) + "\n" + json.dumps([USER, ANSWER]) + "\n")
+    with pytest.raises(DataError, match=r"heldout\.jsonl:2: either all conversations"):
+        opencompass.questions(dataset, None)
+
+
 @pytest.mark.parametrize(
     "row",
     [
