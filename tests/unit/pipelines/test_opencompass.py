@@ -55,7 +55,6 @@ def test_a_system_message_stands_before_every_question_or_before_none(tmp_path: 
 @pytest.mark.parametrize(
     "row",
     [
-        [{"role": "system", "content": "Be brief."}, USER, ANSWER],
         [USER, ANSWER, USER, ANSWER],
         [{"role": "user", "content": ""}, ANSWER],
     ],
