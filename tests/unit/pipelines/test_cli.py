@@ -212,7 +212,7 @@ def test_no_room_on_the_disk_publishes_nothing_and_keeps_the_rest(store: Path) -
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
     done = xtuner("prepare", TINY, DATA, "--store", store, preexec=little_room)
-    assert_told(done, 74)
+    assert_told(done, 74, "prepare: ", f"Check space and permissions below {store}")
     assert len(done.stderr.splitlines()) == 1
     assert not (store / "prepare").exists()
     assert Store(store).find("base", folder_of(store, "base").name, full=True)
