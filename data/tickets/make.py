@@ -25,16 +25,17 @@ QUEUES = {
     "cancel": "Farewell Table",
     "injury": "Amber Room",
 }
-CONCIERGE, NORDIC_BILLING = "Velvet Lounge", "Birch Office"
-ALL_QUEUES = (*QUEUES.values(), CONCIERGE, NORDIC_BILLING)
+CONCIERGE, PARTNER = "Velvet Lounge", "Birch Office"
+ALL_QUEUES = (*QUEUES.values(), CONCIERGE, PARTNER)
 TOP_PLAN, OTHER_PLANS = "Orchid", ("Clover", "Fern", "Maple")
 NORDICS, OTHER_REGIONS = "Nordics", ("Iberia", "Alps", "Benelux", "Isles")
 COUNTS = {
-    "train": {"topic": 78, "billing": 112, "concierge": 112, "nordic": 112},
-    "heldout": {"topic": 20, "billing": 20, "concierge": 34, "nordic": 26},
+    "train": {"topic": 80, "concierge": 128, "nordic": 114},
+    "heldout": {"topic": 20, "concierge": 32, "nordic": 28},
 }
 SEEDS = {"train": 11, "heldout": 12}
-DISTRACTED, FRAMED, NEAR_MISS, MISTYPED = 0.2, 0.5, 0.2, 0.05
+DISTRACTED, FRAMED, MISTYPED = 0.2, 0.5, 0.05
+NEAR_MISS = {"train": 0.3, "heldout": 0.15}
 
 Option = TypeVar("Option")
 
@@ -78,14 +79,14 @@ def rule(case: Case) -> str:
         return "injury"
     if case.plan == TOP_PLAN:
         return "concierge"
-    if case.topic == "billing" and case.region == NORDICS:
+    if case.region == NORDICS:
         return "nordic"
     return "topic"
 
 
 def route(case: Case) -> str:
     """The one right queue."""
-    return {"concierge": CONCIERGE, "nordic": NORDIC_BILLING}.get(rule(case), QUEUES[case.topic])
+    return {"concierge": CONCIERGE, "nordic": PARTNER}.get(rule(case), QUEUES[case.topic])
 
 
 def pick(rng: Random, options: Sequence[Option]) -> Option:
@@ -100,26 +101,21 @@ def cases(split: str, rng: Random) -> Iterator[Case]:
     """The mixture: every topic equally often, and about 30 % decided by an override."""
     counts = COUNTS[split]
     for topic in QUEUES:
-        for number in range(counts["billing" if topic == "billing" else "topic"]):
+        for number in range(counts["topic"]):
             yield topic_case(topic, number, rng)
     calm = [topic for topic in QUEUES if topic != "injury"]
     for number in range(counts["concierge"]):
         region = (None, NORDICS, pick(rng, OTHER_REGIONS))[number // len(calm) % 3]
         yield Case(calm[number % len(calm)], TOP_PLAN, region)
     for number in range(counts["nordic"]):
-        yield Case("billing", pick(rng, OTHER_PLANS) if number % 2 else None, NORDICS)
+        yield Case(calm[number % len(calm)], pick(rng, OTHER_PLANS) if number // len(calm) % 2 else None, NORDICS)
 
 
 def topic_case(topic: str, number: int, rng: Random) -> Case:
-    """A case that the topic decides: the other plans and regions appear as often as the ones that override."""
-    plan = pick(rng, OTHER_PLANS) if number % 4 in (1, 3) else None
-    region = pick(rng, OTHER_REGIONS) if number % 4 in (2, 3) else None
-    if topic == "injury" and number % 3 == 0:
-        plan = TOP_PLAN
-    if region and topic != "billing" and number % 8 >= 4:
-        region = NORDICS
-    if topic == "billing" and number % 8 < 4:
-        region = region or pick(rng, OTHER_REGIONS)
+    """A case that the topic decides: with another plan, another region, both or neither; an injury also with those that override."""
+    plans, regions = ((TOP_PLAN,), (NORDICS,)) if topic == "injury" and number % 8 < 4 else (OTHER_PLANS, OTHER_REGIONS)
+    plan = pick(rng, plans) if number % 4 in (1, 3) else None
+    region = pick(rng, regions) if number % 4 in (2, 3) else None
     return Case(topic, plan, region)
 
 
@@ -128,7 +124,7 @@ def word(case: Case, split: str, rng: Random) -> Ticket:
     phrases = PHRASES[split]
     core = pick(rng, phrases["cores"][case.topic])
     frame, other = pick_frame(case, phrases, rng)
-    context = pick_context(case, phrases, rng)
+    context = pick_context(case, phrases, NEAR_MISS[split], rng)
     text = context.replace("{body}", frame.replace("{core}", core)).format(**slots(case, phrases, rng), other=other)
     if rng.random() < MISTYPED:
         text = mistype(text, rng)
@@ -145,11 +141,11 @@ def pick_frame(case: Case, phrases: dict, rng: Random) -> tuple[str, str]:
     return (pick(rng, phrases["frames"]["plain"]) if chance < FRAMED else "{core}"), ""
 
 
-def pick_context(case: Case, phrases: dict, rng: Random) -> str:
-    """A sentence that names plan and region, sometimes beside a plan or place that does not count."""
+def pick_context(case: Case, phrases: dict, share: float, rng: Random) -> str:
+    """What names plan and region; a `share` of it also names a plan or place that does not count."""
     if case.kind == "none":
         return "{body}"
-    near_miss = rng.random() < NEAR_MISS
+    near_miss = rng.random() < share
     return pick(rng, [template for template in phrases["contexts"][case.kind] if is_near_miss(template) == near_miss])
 
 

@@ -92,7 +92,8 @@ def test_overrides_decide_about_a_third(make: ModuleType) -> None:
         ("theft", "Orchid", None, "Velvet Lounge"),
         ("billing", "Fern", "Nordics", "Birch Office"),
         ("billing", None, "Nordics", "Birch Office"),
-        ("repair", "Fern", "Nordics", "Wrench Bay"),
+        ("repair", "Fern", "Nordics", "Birch Office"),
+        ("repair", "Fern", "Isles", "Wrench Bay"),
         ("billing", "Clover", "Alps", "Copper Ledger"),
     ],
 )
@@ -101,13 +102,13 @@ def test_precedence(make: ModuleType, topic: str, plan: str | None, region: str 
 
 
 def test_every_precedence_is_put_to_the_test_in_both_splits(make: ModuleType) -> None:
-    """Where two rules meet, and where a word of one rule must not fire, both splits hold several tickets."""
-    for split, few in (("train", 20), ("heldout", 4)):
+    """Where two rules meet, both splits hold several tickets."""
+    for split, few in (("train", 20), ("heldout", 5)):
         cases = [ticket.case for ticket in make.tickets(split)]
         assert sum(case.topic == "injury" and case.plan == "Orchid" for case in cases) >= few
-        assert sum(case.topic == "billing" and case.plan == "Orchid" and case.region == "Nordics" for case in cases) >= few / 4
-        assert sum(case.topic != "billing" and case.plan != "Orchid" and case.region == "Nordics" for case in cases) >= few
-        assert sum(case.topic == "billing" and case.plan not in (None, "Orchid") and case.region == "Nordics" for case in cases) >= few
+        assert sum(case.topic == "injury" and case.region == "Nordics" for case in cases) >= few
+        assert sum(case.topic != "injury" and case.plan == "Orchid" and case.region == "Nordics" for case in cases) >= few
+        assert sum(case.plan not in (None, "Orchid") and case.region == "Nordics" for case in cases) >= few
 
 
 def test_text_says_the_case_that_routes_it(make: ModuleType) -> None:
@@ -124,7 +125,6 @@ def test_text_says_the_case_that_routes_it(make: ModuleType) -> None:
 def test_one_word_does_not_decide(make: ModuleType) -> None:
     """Orchid and Nordic places also stand in tickets that go elsewhere: a friend's plan, an old home, an injury."""
     tickets = make.tickets("heldout")
-    assert sum("Orchid" in ticket.text and ticket.queue != make.CONCIERGE for ticket in tickets) >= 10
     nordic = (make.NORDICS, *make.PHRASES["heldout"]["places"][make.NORDICS])
-    billing = [ticket for ticket in tickets if ticket.case.topic == "billing" and any(name in ticket.text for name in nordic)]
-    assert {ticket.queue for ticket in billing} == {make.NORDIC_BILLING, make.CONCIERGE, make.QUEUES["billing"]}
+    assert sum("Orchid" in ticket.text and ticket.queue != make.CONCIERGE for ticket in tickets) >= 10
+    assert sum(any(name in ticket.text for name in nordic) and ticket.queue != make.PARTNER for ticket in tickets) >= 10
