@@ -1,0 +1,256 @@
+"""The whole flow on the tiny recipe under a real Prefect server: real torchrun, real OpenCompass, a real chat server, one store.
+
+OpenCompass runs twice here, for the base and the tuned model; every later run of this file finds both in the store.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import pytest
+
+from pipelines import chatters
+from pipelines.artifacts import Artifact, Store
+from pipelines.pipeline import PIPELINE, STAGES
+from pipelines.recipe import PROJECT, load_recipe
+
+pytestmark = pytest.mark.slow
+
+TINY = "qwen3_tiny_full_openai"
+SHORT = ["train.total_step=6", "eval.limit=4"]
+NODES = [node.name for node in PIPELINE]
+RUN_FIELDS = {"recipe", "stages", "support", "scores", "chat", "ok"}
+STAGE_FIELDS = {"name", "key", "state", "seconds", "artifact"}
+
+INTERRUPTED = """
+import os, signal, time
+from contextlib import contextmanager
+
+@contextmanager
+def serve(model_dir, port, log_file, log):
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(20)
+    yield None
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """A flow run as the Prefect server knows it."""
+
+    state: Any
+    tasks: dict[str, Any]
+    """Task's name → its state."""
+
+    @property
+    def names(self) -> dict[str, str]:
+        return {name: state.name for name, state in self.tasks.items()}
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return self.state.result(raise_on_failure=False)[0]
+
+
+@pytest.fixture(scope="module")
+def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    from prefect.settings import PREFECT_FLOWS_HEARTBEAT_FREQUENCY, PREFECT_HOME, PREFECT_SERVER_ANALYTICS_ENABLED, temporary_settings
+    from prefect.testing.utilities import prefect_test_harness
+
+    home = tmp_path_factory.mktemp("prefect")
+    quick = {PREFECT_HOME: home, PREFECT_SERVER_ANALYTICS_ENABLED: False, PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}
+    with temporary_settings(quick), prefect_test_harness(server_startup_timeout=120):
+        yield
+
+
+def run_flow(store: Store, *overrides: str) -> Run:
+    from flows.finetune import finetune_flow
+
+    return _as_recorded(finetune_flow(load_recipe(TINY, [*SHORT, *overrides]), store.root, return_state=True), len(NODES))
+
+
+def _as_recorded(state: Any, count: int) -> Run:
+    """Task states reach the server a moment later, as events: waits for the last of `count`, and a little for one too many."""
+    deadline = time.monotonic() + 60
+    while True:
+        tasks = _tasks(state.state_details.flow_run_id)
+        if len(tasks) >= count and all(task.is_final() for task in tasks.values()):
+            time.sleep(0.3)
+            return Run(state, _tasks(state.state_details.flow_run_id))
+        assert time.monotonic() < deadline, tasks
+        time.sleep(0.1)
+
+
+def _tasks(flow_run: UUID) -> dict[str, Any]:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterId
+
+    with get_client(sync_client=True) as client:
+        found = client.read_task_runs(flow_run_filter=FlowRunFilter(id=FlowRunFilterId(any_=[flow_run])))
+    return {task.name: task.state for task in found}
+
+
+def latest_run(count: int) -> Run:
+    from prefect.client.orchestration import get_client
+    from prefect.client.schemas.sorting import FlowRunSort
+
+    with get_client(sync_client=True) as client:
+        (run,) = client.read_flow_runs(sort=FlowRunSort.START_TIME_DESC, limit=1)
+    return _as_recorded(run.state, count)
+
+
+def report() -> str:
+    from prefect.artifacts import Artifact as Shown
+
+    shown = Shown.get(key="finetune-report")
+    assert shown
+    return str(shown.data)
+
+
+def whole(store: Store) -> dict[str, str]:
+    """Every artifact's digest, each file hashed again."""
+    found = [store.find(folder.parent.name, folder.name, full=True) for folder in store.folders()]
+    return {str(artifact.path): artifact.digest for artifact in found if artifact}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return Store(tmp_path_factory.mktemp("flow") / "store")
+
+
+@pytest.fixture(scope="module")
+def first(prefect_server: None, store: Store) -> Run:
+    return run_flow(store)
+
+
+def stage(run: Run, name: str) -> Artifact:
+    listed = [*run.summary["stages"], *run.summary["support"]]
+    return Artifact(Path(next(entry["artifact"] for entry in listed if entry["name"] == name)))
+
+
+def test_the_first_run_makes_every_stage(first: Run, store: Store) -> None:
+    assert first.names == dict.fromkeys(NODES, "Completed")
+    assert (first.state.type.value, first.state.message) == ("COMPLETED", "all stages are whole")
+    assert [entry["state"] for entry in first.summary["stages"]] == ["ran"] * 5
+    assert len(whole(store)) == len(NODES)
+    assert all(str(store.root) in state.message for state in first.tasks.values())
+    assert stage(first, "train").metrics["steps"] == 6
+    assert stage(first, "train").metrics["last_loss"] < stage(first, "train").metrics["first_loss"]
+
+
+def test_the_report_has_table_picture_and_answers(first: Run) -> None:
+    page = report()
+    assert page.startswith(f"# {TINY}\n")
+    assert [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")][1:] == [f"| {name}" for name in STAGES]
+    assert "![training loss](data:image/png;base64,iVBOR" in page
+    assert page.count("\n- **") == stage(first, "chat").metrics["total"] == 2
+    assert str(stage(first, "convert").payload / "model") in page
+
+
+def test_scores_are_opencompass_s_of_both_models(first: Run) -> None:
+    for role, name in (("base", "eval-base"), ("tuned", "eval")):
+        scores = json.loads((stage(first, name).payload / "scores.json").read_text())["datasets"]["chats"]
+        assert scores["total"] == 4
+        assert first.summary["scores"][role] == {"chats": scores["accuracy"]}
+
+
+def test_the_second_run_shows_cached_and_writes_nothing(first: Run, store: Store) -> None:
+    before = whole(store)
+    again = run_flow(store)
+    assert again.names == dict.fromkeys(NODES, "Cached")
+    assert all("whole in the store" in state.message for state in again.tasks.values())
+    assert [entry["state"] for entry in again.summary["stages"]] == ["cached"] * 5
+    assert again.summary["scores"] == first.summary["scores"]
+    assert whole(store) == before
+
+
+def test_exactly_what_is_damaged_is_rebuilt(first: Run, store: Store) -> None:
+    before = whole(store)
+    (stage(first, "prepare").payload / "samples.jsonl").unlink()
+    weights = stage(first, "convert").payload / "model" / "model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-7] ^= 1
+    weights.write_bytes(data)
+    again = run_flow(store)
+    assert again.names == {name: "Completed" if name in ("prepare", "convert") else "Cached" for name in NODES}
+    assert whole(store) == before
+    assert not list((store.root / ".damaged").iterdir())
+
+
+def test_bad_data_fails_the_flow_in_words_and_keeps_what_was_made(first: Run, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    from flows.finetune import run as program
+
+    before = whole(store)
+    code = program(TINY, overrides=[*SHORT, "data.train=data/hostile/broken_json.jsonl"], store=store.root)
+    failed = latest_run(2)
+    assert code == 65
+    assert failed.names == {"base": "Cached", "prepare": "Failed"}
+    assert (failed.state.type.value, failed.state.message) == ("FAILED", failed.tasks["prepare"].message)
+    assert "data/hostile/broken_json.jsonl:" in failed.state.message
+    assert "data.max_rejected" in failed.state.message
+    told = capsys.readouterr()
+    assert f"error: {failed.state.message}\n" in told.err
+    assert "Traceback" not in told.err + told.out + failed.state.message
+    assert whole(store) == before
+
+
+def test_a_failed_chat_test_fails_the_flow_but_keeps_the_model(first: Run, store: Store) -> None:
+    strict = run_flow(store, "chat.min_correct=1.0")
+    assert strict.names == {name: "Completed" if name == "chat" else "Cached" for name in NODES}
+    assert strict.state.type.value == "FAILED"
+    assert "the model was made, but the chat test failed: 0 of 2 answers are right" in strict.state.message
+    assert strict.summary["ok"] is False
+    assert whole(store).keys() >= {str(stage(first, "convert").path)}
+    assert "✗ expected" in report()
+
+
+def test_control_c_in_a_stage_ends_with_the_code_that_says_run_again(
+    first: Run, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flows.finetune import run as program
+
+    (tmp_path / "interrupted.py").write_text(INTERRUPTED)
+    monkeypatch.setattr(chatters, "__path__", [*chatters.__path__, str(tmp_path)])
+    before = whole(store)
+    assert program(TINY, overrides=[*SHORT, "chat.chatter=interrupted"], store=store.root) == 75
+    told = capsys.readouterr()
+    assert "error: interrupted in chat; finished stages are kept, run the same command again to continue.\n" in told.err
+    assert "Traceback" not in told.err + told.out
+    assert whole(store) == before
+
+
+def test_the_command_as_a_user_types_it(first: Run, store: Store, tmp_path: Path) -> None:
+    settings = [part for override in SHORT for part in ("--set", override)]
+    command = [
+        sys.executable,
+        "-m",
+        "pipelines.cli",
+        "run",
+        TINY,
+        *settings,
+        "--store",
+        str(store.root),
+        "--json",
+        str(tmp_path / "out.json"),
+    ]
+    env = {**os.environ, "PREFECT_HOME": str(tmp_path / "home"), "PREFECT_SERVER_EPHEMERAL_STARTUP_TIMEOUT_SECONDS": "180"}
+    done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written.keys() == RUN_FIELDS
+    assert all(entry.keys() == STAGE_FIELDS for entry in [*written["stages"], *written["support"]])
+    assert [(entry["name"], entry["state"]) for entry in written["stages"]] == [(name, "cached") for name in STAGES]
+    assert all(Path(entry["artifact"]).name == entry["key"] for entry in written["stages"])
+    assert (written["recipe"], written["ok"], written["scores"]) == (TINY, True, first.summary["scores"])
+    assert (written["chat"]["passed"], written["chat"]["total"], written["chat"]["why"]) == (first.summary["chat"]["passed"], 2, [])
+    rows = [line.split(" | ")[:2] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert rows == [["| stage", "state"], *([f"| {name}", "cached"] for name in STAGES)]
+    assert f"Talk to it: xtuner chat {stage(first, 'convert').payload / 'model'}\n" in done.stdout
