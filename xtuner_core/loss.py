@@ -60,6 +60,8 @@ def chunked_cross_entropy(
     def part(piece: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return F.cross_entropy(head(piece).float(), target, reduction="sum")
 
+    if 0 < len(labels) <= chunk:
+        return part(hidden, labels)  # the only chunk: its logits may stay until the backward pass, which follows at once
     total = hidden.sum() * 0.0 if len(labels) == 0 else torch.zeros((), device=hidden.device)
     for start in range(0, len(labels), chunk):
         total = total + checkpoint(part, hidden[start : start + chunk], labels[start : start + chunk], use_reentrant=False)

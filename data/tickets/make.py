@@ -27,6 +27,8 @@ QUEUES = {
 }
 CONCIERGE, PARTNER = "Velvet Lounge", "Birch Office"
 ALL_QUEUES = (*QUEUES.values(), CONCIERGE, PARTNER)
+INSTRUCTION = "Name the queue."
+"""All that the model is told; the template's own default system prompt would cost more tokens than the ticket."""
 TOP_PLAN, OTHER_PLANS = "Orchid", ("Clover", "Fern", "Maple")
 NORDICS, OTHER_REGIONS = "Nordics", ("Iberia", "Alps", "Benelux", "Isles")
 COUNTS = {
@@ -193,11 +195,14 @@ def tickets(split: str) -> list[Ticket]:
     return shuffled(rng, list(by_text.values()))
 
 
+def messages(ticket: Ticket) -> list[dict[str, str]]:
+    """The conversation that is trained on, or asked."""
+    turns = (("system", INSTRUCTION), ("user", ticket.text), ("assistant", ticket.queue))
+    return [{"role": role, "content": content} for role, content in turns]
+
+
 def render(split_tickets: list[Ticket]) -> str:
-    return "".join(
-        json.dumps({"messages": [{"role": "user", "content": ticket.text}, {"role": "assistant", "content": ticket.queue}]}) + "\n"
-        for ticket in split_tickets
-    )
+    return "".join(json.dumps({"messages": messages(ticket)}) + "\n" for ticket in split_tickets)
 
 
 def templates(split: str) -> set[str]:

@@ -25,8 +25,8 @@ def make(load_make: Callable[[str], ModuleType]) -> ModuleType:
 
 def _rows(split: str) -> list[tuple[str, str]]:
     rows = [json.loads(line)["messages"] for line in (DATA / "tickets" / f"{split}.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert all([turn["role"] for turn in row] == ["user", "assistant"] for row in rows)
-    return [(row[0]["content"], row[1]["content"]) for row in rows]
+    assert all([turn["role"] for turn in row] == ["system", "user", "assistant"] for row in rows)
+    return [(row[1]["content"], row[2]["content"]) for row in rows]
 
 
 @pytest.mark.parametrize("folder", FOLDERS)
