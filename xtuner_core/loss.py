@@ -44,9 +44,7 @@ def require_plain_head(model: PreTrainedModel) -> None:
         ours = head(model.get_decoder()(**inputs).last_hidden_state)
         own = model(**inputs).logits
     if not torch.allclose(ours.float(), own.float(), rtol=1e-3, atol=0, equal_nan=True):
-        raise RecipeError(
-            f"model.base: {type(model).__name__} changes its logits after the head; choose another model."
-        )
+        raise RecipeError(f"model.base: {type(model).__name__} changes its logits after the head; choose another model.")
 
 
 def chunked_cross_entropy(

@@ -103,7 +103,9 @@ def _assemble(tokenizer: ChatTokenizer, runs: list[_Run | Control], encodings: I
             continue
         encoding = next(encodings)
         if not tokenizer.special.isdisjoint(encoding.ids):  # a model whose own vocabulary has them as words, as Unigram may
-            raise RecipeError("this tokenizer turns plain text into control tokens, so content could forge a turn; choose another model.base.")
+            raise RecipeError(
+                "this tokenizer turns plain text into control tokens, so content could forge a turn; choose another model.base."
+            )
         ids.extend(encoding.ids)
         # A token carries loss if any of its characters does.
         loss.extend(any(end > first and start < last for first, last in run.spans) for start, end in encoding.offsets)
