@@ -28,14 +28,15 @@ def run_node(node: Node, recipe: Recipe, store: Store, made: dict[str, Artifact]
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; what is finished is kept.
-        StorageError: numbers cannot be written (safetensors and numpy do not say ENOSPC when the disk is full).
+        StorageError: something cannot be written, and the error names no file (safetensors' and numpy's do not).
     """
     try:
         return store.produce(node.stage, recipe, {name: made[source] for name, source in node.inputs.items()}, log)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted in {node.name}; finished stages are kept, run the same command again to continue.") from None
     except (SafetensorError, OSError) as error:
-        if isinstance(error, OSError) and error.errno:
+        if isinstance(error, OSError) and error.filename:
             raise
-        told = f"{node.name}: {error}. Check space and permissions below {store.root}, then run the same command again."
+        reason = getattr(error, "strerror", None) or error
+        told = f"{node.name}: {reason}. Check space and permissions below {store.root}, then run the same command again."
         raise StorageError(told) from None

@@ -59,7 +59,7 @@ def test_without_arguments_it_lists_every_command() -> None:
         assert f"│ {command} " in done.stdout
 
 
-@pytest.mark.parametrize("command", ["plan", "run", "chat", "env"])
+@pytest.mark.parametrize("command", ["run", "env"])
 def test_help_of_a_command(command: str) -> None:
     done = xtuner(command, "--help")
     assert (done.returncode, done.stderr) == (0, "")
@@ -72,7 +72,6 @@ def test_help_of_a_command(command: str) -> None:
         (["nosuch"], "nosuch"),
         (["plan"], "--recipe"),
         (["plan", TINY, "--nosuch"], "--nosuch"),
-        (["plan", TINY, "extra"], "extra"),
         (["preview", TINY, "--count", "many"], "many"),
         (["copy-cfg", TINY], "--folder"),
         (["env", "nosuch"], "nosuch"),
