@@ -24,7 +24,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "head_dim": 8,
     "max_position_embeddings": 128,
-    "initializer_range": 0.3,  # so that attention is far from uniform
+    "initializer_range": 0.2,  # attention far from uniform; at 0.3 the fp32 rounding of eager itself reaches 1e-5 (against fp64)
     "pad_token_id": None,
     "bos_token_id": 0,
     "eos_token_id": 0,
