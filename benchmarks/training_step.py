@@ -1,10 +1,10 @@
 """What one CPU training step costs, and what two of its choices are worth; variants interleaved in one run, in CPU-seconds.
 
-    shipped       FSDP2 on a mesh of one process, documents of similar length attended together
-    unsharded     the same without FSDP2 (torch.autocast does the mixed precision)
-    one_by_one    FSDP2, but one SDPA call a document
+shipped       FSDP2 on a mesh of one process, documents of similar length attended together
+unsharded     the same without FSDP2 (torch.autocast does the mixed precision)
+one_by_one    FSDP2, but one SDPA call a document
 
-    python benchmarks/training_step.py RECIPE [--steps 8] [--store artifacts]     writes benchmarks/results/training_step.json
+python benchmarks/training_step.py RECIPE [--steps 8] [--store artifacts]     writes benchmarks/results/training_step.json
 """
 
 from __future__ import annotations
@@ -82,7 +82,7 @@ def measure(config, world, steps: int) -> dict[str, list[float]]:
                 train_step(*models[model_name], batches, config, world, step)
                 spent = time.process_time() - started
             if step:
-                rates[name].append(sum(batch.tokens for batch in batches) / spent)
+                rates[name].append(sum(batch.text_tokens for batch in batches) / spent)
     return rates
 
 
@@ -123,7 +123,7 @@ def one_by_one() -> Iterator[None]:
 
     groups: Callable = attention._groups
     short, attention.SHORT = attention.SHORT, 0
-    attention._groups = lambda bounds: [attention._places([pair]) for pair in zip(bounds, bounds[1:], strict=False)]
+    attention._groups = lambda bounds, shared: [attention._places([pair], shared) for pair in zip(bounds, bounds[1:], strict=False)]
     try:
         yield
     finally:

@@ -28,7 +28,14 @@ def packed_loss(model: PreTrainedModel, batch: Batch, chunk: int) -> torch.Tenso
 def _inputs(batch: Batch) -> dict[str, Any]:
     bounds = {"cu_seq_lens_q": batch.boundaries, "cu_seq_lens_k": batch.boundaries}
     lengths = {"max_length_q": batch.longest, "max_length_k": batch.longest}
-    return {"input_ids": batch.input_ids, "position_ids": batch.position_ids, "use_cache": False, **bounds, **lengths}
+    return {
+        "input_ids": batch.input_ids,
+        "position_ids": batch.position_ids,
+        "use_cache": False,
+        "shared_prefix": batch.shared,
+        **bounds,
+        **lengths,
+    }
 
 
 def require_plain_head(model: PreTrainedModel) -> None:
@@ -38,7 +45,7 @@ def require_plain_head(model: PreTrainedModel) -> None:
         RecipeError: it scales or caps its logits afterwards (Granite, Cohere, Gemma 2), which `packed_loss` would silently leave out.
     """
     ids = torch.arange(4)[None]
-    inputs = _inputs(Batch(ids, ids, ids, torch.tensor([0, 4], dtype=torch.int32), 4, (0,)).to(model.device))
+    inputs = _inputs(Batch(ids, ids, ids, torch.tensor([0, 4], dtype=torch.int32), 4, (0,), 0, 4).to(model.device))
     head = cast(torch.nn.Module, model.get_output_embeddings())
     with torch.no_grad():
         ours = head(model.get_decoder()(**inputs).last_hidden_state)

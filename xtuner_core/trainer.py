@@ -56,7 +56,7 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
         loaded = clock()
         set_learning_rate(optimizer, rate := learning_rate(step, total, config.train))
         loss, grad_norm = train_step(model, optimizer, batches, config, world, step)
-        spent, tokens = clock() - loaded, sum(batch.tokens for batch in batches)
+        spent, tokens = clock() - loaded, sum(batch.text_tokens for batch in batches)
         run_tokens += tokens
         pace = (clock() - run_started) / (step + 1 - first)
         used, reserved = memory(world.device)

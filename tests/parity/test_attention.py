@@ -85,6 +85,32 @@ def test_a_packed_row_equals_its_documents_alone(name: str, short: int, monkeypa
         assert difference(found.grad, expected.grad) <= TOLERANCE, parameter
 
 
+@pytest.mark.parametrize("short", [512, 16, 0])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_shared_beginning_stands_for_that_of_every_document(name: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loss weights on the documents' own tokens: the same logits there, and the same gradients of every parameter."""
+    monkeypatch.setattr(attention, "SHORT", short)
+    eager, packed = models(name)
+    shared, own = torch.randint(VOCABULARY, (11,)), [torch.randint(VOCABULARY, (length,)) for length in LENGTHS]
+    weights = [torch.randn(length, VOCABULARY) for length in LENGTHS]
+    bounds = [11, *(11 + torch.tensor(LENGTHS).cumsum(0)).tolist()]
+    positions = torch.cat([torch.arange(11), *(torch.arange(11, 11 + length) for length in LENGTHS)])[None]
+    row = packed(
+        input_ids=torch.cat([shared, *own])[None],
+        position_ids=positions,
+        use_cache=False,
+        shared_prefix=11,
+        cu_seq_lens_q=torch.tensor(bounds, dtype=torch.int32),
+    ).logits[0]
+    alone = [eager(input_ids=torch.cat([shared, tail])[None]).logits[0, 11:] for tail in own]
+    assert difference(row[11:], torch.cat(alone)) <= TOLERANCE
+    (row[11:] * torch.cat(weights)).sum().backward()
+    sum((logits * weight).sum() for logits, weight in zip(alone, weights, strict=True)).backward()
+    for (parameter, expected), (_, found) in zip(eager.named_parameters(), packed.named_parameters(), strict=True):
+        assert expected.grad is not None and found.grad is not None, parameter
+        assert difference(found.grad, expected.grad) <= 2 * TOLERANCE, parameter
+
+
 def test_the_window_matters_at_these_lengths() -> None:
     ids = torch.arange(64)[None]
     _, windowed = models("mistral")

@@ -131,4 +131,4 @@ def test_a_batch_can_be_moved(dataset: PackedDataset) -> None:
     batch = make_batch(dataset, 0)
     moved = batch.to(torch.device("meta"))
     assert isinstance(moved, Batch) and moved.input_ids.is_meta and moved.boundaries.is_meta
-    assert (moved.longest, moved.documents, moved.tokens) == (batch.longest, batch.documents, batch.tokens)
+    assert (moved.longest, moved.documents, moved.shared) == (batch.longest, batch.documents, batch.shared)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from xtuner_core.data.dataset import PackedDataset
+from xtuner_core.data.tokenize import Document
 
 IGNORE = -100
 
@@ -16,8 +18,13 @@ IGNORE = -100
 class Batch:
     """One pack. Labels are shifted already: `labels[0, t]` is the token after position t, or IGNORE.
 
-    input_ids, labels, position_ids: `[1, tokens]`; positions restart at 0 in each document.
-    boundaries: document starts and the end, `[documents + 1]` int32 (flash-attention's cu_seqlens).
+    What all documents of the pack begin with (a system prompt, a turn's header) stands once at the head of the row, `shared` tokens;
+    the rest of each document follows. Under causal attention the hidden states of a common beginning are the same in every document,
+    so loss and gradient are those of the whole documents, for less work.
+
+    input_ids, labels, position_ids: `[1, tokens]`; positions are those within the document.
+    boundaries: where each document's own part starts, and the end, `[documents + 1]` int32.
+    text_tokens: tokens of the whole documents.
     """
 
     input_ids: torch.Tensor
@@ -26,10 +33,8 @@ class Batch:
     boundaries: torch.Tensor
     longest: int
     documents: tuple[int, ...]
-
-    @property
-    def tokens(self) -> int:
-        return self.input_ids.shape[1]
+    shared: int
+    text_tokens: int
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on the device."""
@@ -43,19 +48,39 @@ class Batch:
 
 
 def make_batch(dataset: PackedDataset, pack: int) -> Batch:
-    """Read a pack and lay its documents end to end."""
+    """Read a pack, and lay its documents end to end behind their common beginning."""
     numbers = dataset.members(pack)
     documents = [dataset.document(number) for number in numbers]
     lengths = [len(document.ids) for document in documents]
-    labels = [_shifted_labels(document.ids, document.loss) for document in documents]
+    shared = shared_beginning(documents)
     return Batch(
-        input_ids=_row(np.concatenate([document.ids for document in documents])),
-        labels=_row(np.concatenate(labels)),
-        position_ids=_row(np.concatenate([np.arange(length) for length in lengths])),
-        boundaries=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+        input_ids=_behind(shared, [document.ids for document in documents]),
+        labels=_behind(shared, [_shifted_labels(document.ids, document.loss) for document in documents]),
+        position_ids=_behind(shared, [np.arange(length) for length in lengths]),
+        boundaries=torch.from_numpy(np.cumsum([shared, *(length - shared for length in lengths)], dtype=np.int32)),
         longest=max(lengths),
         documents=tuple(numbers),
+        shared=shared,
+        text_tokens=sum(lengths),
     )
+
+
+def shared_beginning(documents: Sequence[Document]) -> int:
+    """How many tokens all documents begin with, before anything is learned; each document keeps a token of its own."""
+    if len(documents) < 2:
+        return 0
+    unlearned = [int(document.loss.argmax()) if document.loss.any() else len(document.ids) for document in documents]
+    # The last shared position predicts each document's first own token, so that token must not be learned either.
+    length = max(0, min(unlearned) - 1)
+    first = documents[0].ids
+    for document in documents[1:]:
+        different = np.flatnonzero(document.ids[:length] != first[:length])
+        length = int(different[0]) if len(different) else length
+    return length
+
+
+def _behind(shared: int, values: Sequence[np.ndarray]) -> torch.Tensor:
+    return _row(np.concatenate([values[0][:shared], *(value[shared:] for value in values)]))
 
 
 def _shifted_labels(ids: np.ndarray, loss: np.ndarray) -> np.ndarray:

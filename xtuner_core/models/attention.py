@@ -30,9 +30,10 @@ def document_attention(
     scaling: float | None = None,
     sliding_window: int | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
+    shared_prefix: int = 0,
     **kwargs: object,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document of a packed row.
+    """Causal attention inside each document of a packed row; the row's first `shared_prefix` tokens begin every document.
 
     query `[1, H, T, D]`, key and value `[1, K, T, D]`, `cu_seq_lens_q` `[documents + 1]` → `[1, T, H, D]`.
     Documents of similar length are computed together, padded to the longest of them: under a causal mask padding at the end is
@@ -49,26 +50,31 @@ def document_attention(
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, D]
     out = torch.empty(rows[0].shape[0], query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    for places, real in _groups(cu_seq_lens_q.tolist()):
+    for places, own in _groups(cu_seq_lens_q.tolist(), shared_prefix):
         grouped_query, grouped_key, grouped_value = (row[places].transpose(1, 2) for row in rows)  # [N, heads, L, D]
         result = _causal(grouped_query, grouped_key, grouped_value, scale, dropout, sliding_window).transpose(1, 2)  # [N, L, H, D]
-        out = out.index_put((places[real],), result[real])
+        out = out.index_put((places[own],), result[own])
     return out.unsqueeze(0), None
 
 
-def _groups(bounds: list[int]) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Documents grouped by length (each group within a factor of two): token places `[N, L]` and which of them are real `[N, L]`."""
+def _groups(bounds: list[int], shared: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Documents grouped by length, each group within a factor of two.
+
+    For each group the row places of its documents' tokens `[N, L]`, and which of them the document writes `[N, L]`: its own, not the
+    padding, and the shared beginning for the row's first document only.
+    """
     groups: dict[int, list[tuple[int, int]]] = {}
     for start, end in pairwise(bounds):
-        groups.setdefault((end - start - 1).bit_length(), []).append((start, end))
-    return [_places(documents) for documents in groups.values()]
+        groups.setdefault((end - start + shared - 1).bit_length(), []).append((start, end))
+    return [_places(documents, shared) for documents in groups.values()]
 
 
-def _places(documents: list[tuple[int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _places(documents: list[tuple[int, int]], shared: int) -> tuple[torch.Tensor, torch.Tensor]:
     starts = torch.tensor([start for start, _ in documents])[:, None]
-    lengths = torch.tensor([end - start for start, end in documents])[:, None]
+    lengths = torch.tensor([end - start + shared for start, end in documents])[:, None]
     step = torch.arange(int(lengths.max()))[None, :]
-    return starts + torch.minimum(step, lengths - 1), step < lengths
+    places = torch.where(step < shared, step, starts - shared + torch.minimum(step, lengths - 1))
+    return places, (step < lengths) & ((step >= shared) | (starts == shared))
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dropout: float, window: int | None) -> torch.Tensor:

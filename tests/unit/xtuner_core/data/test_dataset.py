@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtuner_core.data.dataset import PackedDataset, write_documents, write_packs
-from xtuner_core.data.loader import IGNORE, load_step, make_batch, packs_of_step, steps_of
+from xtuner_core.data.loader import IGNORE, load_step, make_batch, packs_of_step, shared_beginning, steps_of
 from xtuner_core.data.tokenize import Document
 
 documents = st.lists(st.tuples(st.integers(0, 2**32 - 1), st.booleans()), min_size=1, max_size=30).map(
@@ -51,7 +51,33 @@ def test_a_batch_lays_documents_end_to_end_with_shifted_labels(tmp_path: Path) -
     assert batch.labels.tolist() == [[IGNORE, 7, 8, IGNORE, IGNORE, 2, IGNORE, IGNORE]]
     assert batch.position_ids.tolist() == [[0, 1, 2, 3, 0, 0, 1, 2]]
     assert batch.boundaries.tolist() == [0, 4, 5, 8] and batch.boundaries.dtype == torch.int32
-    assert (batch.longest, batch.tokens, batch.learned, batch.documents) == (4, 8, 3, (0, 1, 2))
+    assert (batch.longest, batch.text_tokens, batch.learned, batch.documents, batch.shared) == (4, 8, 3, (0, 1, 2), 0)
+
+
+def test_what_all_documents_begin_with_stands_once_at_the_head_of_the_row(tmp_path: Path) -> None:
+    learned = np.array([False, False, False, False, True])
+    first = Document(np.array([1, 2, 3, 7, 8], np.uint32), learned)
+    second = Document(np.array([1, 2, 3, 9, 4], np.uint32), learned)
+    batch = make_batch(written(tmp_path, [[first, second]], [[0, 1]]), 0)
+    assert batch.input_ids.tolist() == [[1, 2, 3, 7, 8, 9, 4]]
+    assert batch.labels.tolist() == [[IGNORE, IGNORE, IGNORE, 8, IGNORE, 4, IGNORE]]
+    assert batch.position_ids.tolist() == [[0, 1, 2, 3, 4, 3, 4]]
+    assert (batch.shared, batch.boundaries.tolist(), batch.text_tokens) == (3, [3, 5, 7], 10)
+
+
+@pytest.mark.parametrize(
+    ("ids", "learned", "shared"),
+    [
+        (([1, 2, 3], [1, 2, 4]), ([0, 0, 1], [0, 0, 1]), 1),  # token 2 predicts a learned token, each document its own
+        (([1, 2, 3], [1, 2, 3]), ([0, 0, 0], [0, 0, 0]), 2),  # nothing learned; every document keeps a token of its own
+        (([1, 2, 3], [5, 2, 3]), ([0, 0, 1], [0, 0, 1]), 0),
+        (([1, 2, 3], [1, 2, 3]), ([1, 1, 1], [1, 1, 1]), 0),  # plain text: all learned
+        (([1, 2, 3],), ([0, 0, 1],), 0),
+    ],
+)
+def test_a_shared_beginning_never_hides_a_learned_token(ids: tuple, learned: tuple, shared: int) -> None:
+    documents = [Document(np.array(row, np.uint32), np.array(mask, bool)) for row, mask in zip(ids, learned, strict=True)]
+    assert shared_beginning(documents) == shared
 
 
 @given(packs=st.integers(1, 40), batch=st.integers(1, 8), epochs=st.integers(1, 3), seed=st.integers(0, 2**31))
@@ -83,7 +109,7 @@ def test_prepared_packs_hold_what_the_report_says(tiny_data: Path) -> None:
     dataset = PackedDataset(tiny_data)
     batches = [make_batch(dataset, pack) for pack in range(len(dataset))]
     told = dataset.description
-    assert max(batch.tokens for batch in batches) <= told["pack_length"]
-    assert sum(batch.tokens for batch in batches) == told["tokens"]
+    assert max(batch.text_tokens for batch in batches) <= told["pack_length"]
+    assert sum(batch.text_tokens for batch in batches) == told["tokens"]
     assert sum(batch.learned for batch in batches) == told["learned_tokens"]
     assert sorted(number for batch in batches for number in batch.documents) == list(range(told["accepted"]))
