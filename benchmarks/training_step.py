@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import date
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 
 RESULTS = Path(__file__).parent / "results" / "training_step.json"
@@ -123,7 +124,7 @@ def one_by_one() -> Iterator[None]:
 
     groups: Callable = attention._groups
     short, attention.SHORT = attention.SHORT, 0
-    attention._groups = lambda bounds, shared: [attention._places([pair], shared) for pair in zip(bounds, bounds[1:], strict=False)]
+    attention._groups = lambda bounds, shared: [attention._places([pair], shared) for pair in pairwise(bounds)]
     try:
         yield
     finally:

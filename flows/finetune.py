@@ -21,7 +21,7 @@ from flows.caching import failed
 from flows.reporting import page, summarize, table
 from flows.tasks import TASKS
 from pipelines.artifacts import Artifact, Result, Store
-from pipelines.pipeline import PIPELINE
+from pipelines.pipeline import PIPELINE, check
 from pipelines.recipe import Recipe, load_recipe
 from xtuner_core.durable import write_json
 from xtuner_core.errors import BUG, DataError, Interrupted, UserError
@@ -35,6 +35,10 @@ def finetune_flow(recipe: Recipe, store: Path = Path("artifacts")) -> State[Any]
         recipe: The whole run.
         store: Directory of the artifact store, on the machine that runs the flow.
     """
+    try:
+        check(recipe)
+    except UserError as error:
+        return failed(error)
     results: dict[str, Result] = {}
     made: dict[str, Artifact] = {}
     for node in PIPELINE:

@@ -93,9 +93,10 @@ def run(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DE
     json
         Write stages, scores and the verdict to this file.
     """
+    from pipelines.pipeline import check
     from pipelines.recipe import load_recipe
 
-    load_recipe(recipe, overrides or [])  # a wrong recipe is told before Prefect starts
+    check(load_recipe(recipe, overrides or []))  # a mistake is told before Prefect starts
     options = [f"--set={override}" for override in overrides or []] + [f"--store={store}"] + ([f"--json={json}"] if json else [])
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "flows.finetune", recipe, *options], {**_PREFECT_DEFAULTS, **os.environ})

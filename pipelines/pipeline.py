@@ -6,10 +6,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipelines import base_model, chat, convert, evaluate, prepare, train
+from pipelines import base_model, chat, chatters, convert, evaluate, evaluators, launchers, prepare, train
 from pipelines.artifacts import Artifact, Damaged, Store, key_of
 from pipelines.recipe import Recipe
 from pipelines.stage import Stage
+from xtuner_core import registry
+from xtuner_core.data import formats, templates
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,22 @@ def needed_for(name: str) -> list[Node]:
         if node.name in wanted:
             wanted.update(nodes[node.name].inputs.values())
     return [node for node in PIPELINE if node.name in wanted]
+
+
+def check(recipe: Recipe) -> None:
+    """Tell a wrong name or a missing file before the first stage runs, not hours later.
+
+    Raises:
+        RecipeError: a name that no module has.
+        DataError: a file that is not there.
+    """
+    named = [(formats, recipe.data.format), (launchers, recipe.train.launcher)]
+    named += [(evaluators, recipe.eval.evaluator), (chatters, recipe.chat.chatter)]
+    named += [(templates, recipe.model.template)] if recipe.model.template else []
+    for package, name in named:
+        registry.find(package, name)
+    for node in PIPELINE:
+        node.stage.files(recipe)
 
 
 @dataclass(frozen=True, slots=True)

@@ -100,5 +100,5 @@ def test_both_versions_read_the_same_model(name: str, readings: dict[str, tuple[
 
 
 def test_without_the_fixes_transformers_4_cannot_load_the_tokenizer(tmp_path: Path, transformers4: Any) -> None:
-    with pytest.raises(RuntimeError, match="TokenizersBackend|'list' object"):
+    with pytest.raises(RuntimeError, match=r"TokenizersBackend|'list' object"):
         transformers4([write_folder("qwen3", tmp_path / "qwen3")], "float32")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.artifacts import Artifact, Store
-from pipelines.pipeline import PIPELINE, STAGES, Planned, needed_for, plan
+from pipelines.pipeline import PIPELINE, STAGES, Planned, check, needed_for, plan
 from pipelines.recipe import load_recipe
 from pipelines.runner import run_until
 from xtuner_core.errors import DataError, RecipeError
@@ -141,3 +141,22 @@ def test_inputs_come_before_what_needs_them_and_the_five_stages_are_there() -> N
     names = [node.name for node in PIPELINE]
     assert all(names.index(source) < names.index(node.name) for node in PIPELINE for source in node.inputs.values())
     assert [name for name in names if name in STAGES] == list(STAGES)
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("eval.evaluator=nobody", RecipeError),
+        ("chat.chatter=nobody", RecipeError),
+        ("train.launcher=nobody", RecipeError),
+        ("data.format=nobody", RecipeError),
+        ("model.template=nobody", RecipeError),
+        ("chat.prompts=nowhere.jsonl", DataError),
+        ("data.train=nowhere.jsonl", DataError),
+        ("model.base=no/where/folder", RecipeError),
+    ],
+)
+def test_a_mistake_of_a_late_stage_is_told_before_the_first(override: str, error: type[Exception]) -> None:
+    check(load_recipe(TINY))
+    with pytest.raises(error, match=r"nobody|nowhere|no/where"):
+        check(load_recipe(TINY, [override]))
