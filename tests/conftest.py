@@ -9,6 +9,7 @@ from pathlib import Path
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from pipelines import base_model, prepare
 from pipelines.artifacts import Store
@@ -16,6 +17,10 @@ from pipelines.recipe import PROJECT, load_recipe
 from pipelines.stage import Work
 
 TEST_STORE = PROJECT / ".environments" / "test-store"
+
+# How fast examples come is a matter of what else the machine does, not of the code.
+settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("busy machine")
 
 
 def _base_folder(recipe: str) -> Path:
