@@ -19,8 +19,9 @@ class Batch:
     """One pack. Labels are shifted already: `labels[0, t]` is the token after position t, or IGNORE.
 
     What all documents of the pack begin with (a system prompt, a turn's header) stands once at the head of the row, `shared` tokens;
-    the rest of each document follows. Under causal attention the hidden states of a common beginning are the same in every document,
-    so loss and gradient are those of the whole documents, for less work.
+    the rest of each document follows, as far as it predicts anything learned. Under causal attention the hidden states of a common
+    beginning are the same in every document, and later tokens change nothing before them: loss and gradient are those of the whole
+    documents, for less work.
 
     input_ids, labels, position_ids: `[1, tokens]`; positions are those within the document.
     boundaries: where each document's own part starts, and the end, `[documents + 1]` int32.
@@ -51,18 +52,24 @@ def make_batch(dataset: PackedDataset, pack: int) -> Batch:
     """Read a pack, and lay its documents end to end behind their common beginning."""
     numbers = dataset.members(pack)
     documents = [dataset.document(number) for number in numbers]
-    lengths = [len(document.ids) for document in documents]
+    lengths = [needed(document) for document in documents]
     shared = shared_beginning(documents)
     return Batch(
-        input_ids=_behind(shared, [document.ids for document in documents]),
-        labels=_behind(shared, [_shifted_labels(document.ids, document.loss) for document in documents]),
+        input_ids=_behind(shared, [document.ids[:length] for document, length in zip(documents, lengths, strict=True)]),
+        labels=_behind(shared, [_shifted_labels(document)[:length] for document, length in zip(documents, lengths, strict=True)]),
         position_ids=_behind(shared, [np.arange(length) for length in lengths]),
         boundaries=torch.from_numpy(np.cumsum([shared, *(length - shared for length in lengths)], dtype=np.int32)),
         longest=max(lengths),
         documents=tuple(numbers),
         shared=shared,
-        text_tokens=sum(lengths),
+        text_tokens=sum(len(document.ids) for document in documents),
     )
+
+
+def needed(document: Document) -> int:
+    """How many of its tokens the loss depends on: all before the last learned one."""
+    learned = np.flatnonzero(document.loss)
+    return max(1, int(learned[-1])) if len(learned) else len(document.ids)
 
 
 def shared_beginning(documents: Sequence[Document]) -> int:
@@ -83,9 +90,9 @@ def _behind(shared: int, values: Sequence[np.ndarray]) -> torch.Tensor:
     return _row(np.concatenate([values[0][:shared], *(value[shared:] for value in values)]))
 
 
-def _shifted_labels(ids: np.ndarray, loss: np.ndarray) -> np.ndarray:
-    labels = np.full(len(ids), IGNORE, dtype=np.int64)
-    labels[:-1] = np.where(loss[1:], ids[1:].astype(np.int64), IGNORE)
+def _shifted_labels(document: Document) -> np.ndarray:
+    labels = np.full(len(document.ids), IGNORE, dtype=np.int64)
+    labels[:-1] = np.where(document.loss[1:], document.ids[1:].astype(np.int64), IGNORE)
     return labels
 
 
