@@ -213,13 +213,11 @@ def wheel(folder: Path, **members: bytes) -> Path:
 
 
 @pytest.fixture
-def find_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def find_links(tmp_path: Path, only_source: Callable[[Path], None]) -> Path:
     """A folder that is pip's only source of packages."""
     folder = tmp_path / "links"
     folder.mkdir()
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    only_source(folder)
     return folder
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import threading
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -24,13 +25,12 @@ def _wheel(folder: Path, name: str, version: str) -> None:
 
 
 @pytest.fixture
-def known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Environment]:
+def known(tmp_path: Path, only_source: Callable[[Path], None]) -> dict[str, Environment]:
     """An environment `tiny` of two packages, of which newer versions than the pinned ones exist."""
     for name in ("underlay", "tool"):
         for version in ("1.0", "2.0"):
             _wheel(tmp_path / "wheels", name, version)
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "wheels"))
+    only_source(tmp_path / "wheels")
     constraints = tmp_path / "constraints-tiny.txt"
     constraints.write_text("tool==1.0\nunderlay==1.0\n")
     return {"tiny": Environment(constraints, first="underlay", package="tool")}
@@ -98,7 +98,7 @@ def test_the_first_package_can_come_from_a_source_of_its_own(
     (index / "underlay").mkdir()
     (tmp_path / "wheels" / "underlay-1.0-py3-none-any.whl").rename(index / "underlay" / "underlay-1.0-py3-none-any.whl")
     (index / "underlay" / "index.html").write_text('<a href="underlay-1.0-py3-none-any.whl">underlay-1.0-py3-none-any.whl</a>')
-    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_NO_INDEX", "0")
     python = ensure("tiny", print, torch_index_url=index.as_uri(), root=tmp_path, known=known)
     assert _versions(python) == "1.0 1.0"
 
