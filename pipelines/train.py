@@ -77,4 +77,4 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {"train": recipe.train.model_dump(mode="json", exclude={"launcher", "checkpoint_interval"}), "seed": recipe.seed}
 
 
-STAGE = Stage(name="train", version=2, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "numpy"), resumable=True)
+STAGE = Stage(name="train", version=3, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "numpy"), resumable=True)

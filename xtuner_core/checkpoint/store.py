@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import struct
 import warnings
 from pathlib import Path
 from typing import Any
@@ -38,11 +39,23 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], facts: dict[str, Any], 
     save_tensors(whole, storage_writer=HuggingFaceStorageWriter(str(draft / "tensors"), save_distributed=True))
     dist.barrier()
     if world.rank == 0:
+        for path in (draft / "tensors").iterdir():
+            _sort_header(path)
         told = {**facts, "world_size": world.size, "files": _digests(draft)}
         write_json(draft / "checkpoint.json", {**told, "sha256": _digest(told)})
         remove(folder)
         publish(draft, folder)
     dist.barrier()
+
+
+def _sort_header(path: Path) -> None:
+    """Put a safetensors file's `__metadata__` in order: the library writes it in a random one, and equal tensors must be equal bytes."""
+    with open(path, "r+b") as file:
+        (length,) = struct.unpack("<Q", file.read(8))
+        header = json.loads(file.read(length))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(length))
 
 
 def load(folder: Path, tensors: dict[str, torch.Tensor]) -> None:

@@ -81,3 +81,12 @@ def test_old_checkpoints_go_drafts_do_not_count_and_saving_again_replaces(work_d
     store.save(work_dir / "checkpoints" / "step-12", {"model.a": torch.ones(1)}, {"step": 12}, world)
     assert list(store.load_whole(work_dir / "checkpoints" / "step-12")) == ["model.a"]
     assert store.newest(work_dir / "checkpoints") is None
+
+
+def test_equal_tensors_are_equal_bytes(tmp_path: Path, world: World) -> None:
+    """Otherwise an artifact that was lost and rebuilt would make every stage below it run again."""
+    saved = [tmp_path / f"step-{number}" for number in range(1, 9)]
+    for folder in saved:
+        store.save(folder, TENSORS, {"step": 1}, world)
+    assert len({next((folder / "tensors").iterdir()).read_bytes() for folder in saved}) == 1
+    assert len({(folder / "checkpoint.json").read_bytes() for folder in saved}) == 1
