@@ -29,6 +29,7 @@ def environment(processes: int) -> dict[str, str]:
         "MALLOC_MMAP_THRESHOLD_": str(4 * 2**30),
         "MALLOC_TRIM_THRESHOLD_": str(4 * 2**30),
         "MALLOC_TOP_PAD_": str(64 * 2**20),
+        "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages: another tenth
         "TOKENIZERS_PARALLELISM": "false",
     }
     return {**defaults, **os.environ, "PYTHONUNBUFFERED": "1"}
