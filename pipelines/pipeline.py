@@ -54,7 +54,8 @@ def check(recipe: Recipe) -> None:
         RecipeError: a name that no module has.
         DataError: a file that is not there.
     """
-    named = [(formats, recipe.data.format), (launchers, recipe.train.launcher)]
+    asked = {recipe.data.format, *(source.format for source in recipe.data.train)} - {"auto", None}
+    named = [(launchers, recipe.train.launcher), *((formats, name) for name in sorted(name for name in asked if name))]
     named += [(evaluators, recipe.eval.evaluator), (chatters, recipe.chat.chatter)]
     named += [(templates, recipe.model.template)] if recipe.model.template else []
     for package, name in named:

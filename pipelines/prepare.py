@@ -67,7 +67,7 @@ def files_of(recipe: Recipe) -> list[Path]:
     """The training files, in a fixed order."""
     from xtuner_core.data.jsonl import input_files
 
-    return input_files(resolve_path(pattern) for pattern in recipe.data.train)
+    return input_files(resolve_path(source.path) for source in recipe.data.train)
 
 
 @dataclass(slots=True)
@@ -94,11 +94,11 @@ def _read_file(file: Path, recipe: Recipe, template: str, tokenizer: Any) -> _Fi
             result.blank += 1
             continue
         try:
-            conversations.append((line, _conversation(line, recipe.data.format)))
+            conversations.append((line, _conversation(line, "openai" if recipe.data.format == "auto" else recipe.data.format)))
         except Rejected as reason:
             result.rejected.append(_reject(line, str(reason)))
     render = find_template(template).render
-    documents = encode(tokenizer, [list(render(conversation.messages)) for _, conversation in conversations])
+    documents = encode(tokenizer, [list(render(conversation)) for _, conversation in conversations])
     for (line, conversation), document in zip(conversations, documents, strict=True):
         if len(document.ids) > recipe.data.max_length:
             reason = f"{len(document.ids)} tokens, data.max_length is {recipe.data.max_length}"
@@ -149,7 +149,7 @@ def _round_up(share: float) -> float:
 def _write_samples(path: Path, read: list[_FileRead]) -> None:
     accepted = [pair for part in read for pair in part.accepted][:KEPT_SAMPLES]
     rows = [
-        json.dumps({"messages": conversation.as_dicts(), "ids": document.ids.tolist()}, ensure_ascii=False)
+        json.dumps({"messages": conversation.as_dicts(), "tools": list(conversation.tools), "ids": document.ids.tolist()}, ensure_ascii=False)
         for conversation, document in accepted
     ]
     path.write_text("\n".join(rows) + "\n", encoding="utf-8")

@@ -24,24 +24,63 @@ def _split_paths(value: Any) -> Any:
     return value
 
 
-Paths = Annotated[tuple[str, ...], BeforeValidator(_split_paths), Field(min_length=1)]
+Paths = Annotated[tuple[str, ...], BeforeValidator(_split_paths)]
+
+
+class Source(Config):
+    """Some input files, and how much of them is used."""
+
+    path: str = Field(description="A file (.jsonl, .json, .parquet, .csv, each also .gz or .zst), a folder, a glob or a data set folder.")
+    format: str | None = Field(default=None, description="Input format, a module of xtuner_core/data/formats; data.format if not given.")
+    sample_ratio: float = Field(default=1.0, gt=0, description="2 uses every sample twice an epoch, 0.5 a random half of them.")
+
+
+def _sources(value: Any) -> Any:
+    """A plain path stands for a source with nothing else said."""
+    if isinstance(value, dict):
+        return [value]
+    parts = _split_paths(value)
+    return [{"path": part} if isinstance(part, str) else part for part in parts] if isinstance(parts, (list, tuple)) else parts
+
+
+Sources = Annotated[tuple[Source, ...], BeforeValidator(_sources), Field(min_length=1)]
 
 
 class DataConfig(Config):
     """Which conversations are trained on, and how they become packed token sequences."""
 
-    train: Paths = Field(description="Training files: a path, several, a folder (every .jsonl below it) or a glob.")
-    format: str = Field(default="openai", description="Input format, a module of xtuner_core/data/formats.")
-    max_length: int = Field(
-        default=2048, ge=8, description="Longest accepted conversation in tokens; a longer one is rejected and reported."
+    train: Sources = Field(description="Training data: a path, or several, each plain or with its own format and sample_ratio.")
+    validation: Annotated[float, Field(ge=0, lt=1)] | Paths = Field(
+        default=0.0, description="Share of the samples that is kept back for the validation loss, or files of their own."
     )
+    format: str = Field(default="auto", description="Input format, a module of xtuner_core/data/formats; auto looks at the first lines.")
+    loss: Literal["all", "last"] = Field(default="all", description="Learn every assistant turn, or only the last of a conversation.")
+    thinking: Literal["keep", "drop"] = Field(
+        default="keep", description="Thinking before an answer: as the model's own template shows it, or never."
+    )
+    max_length: int = Field(default=2048, ge=8, description="Longest document in tokens; plain text is cut into chunks of this length.")
+    too_long: Literal["reject", "drop", "cut_turns", "cut_tokens"] = Field(
+        default="reject",
+        description="A conversation over max_length: an error, left out and counted, cut after its last whole turn that fits, or cut "
+        "at max_length. A cut that leaves nothing to learn rejects it.",
+    )
+    packing: str = Field(default="best_fit", description="How documents fill packs, a module of xtuner_core/data/packing.")
     pack_length: int = Field(default=2048, ge=8, description="Length of one packed training sequence, in tokens.")
+    order: Literal["shuffled", "length_grouped"] = Field(
+        default="shuffled", description="Order of the packs in an epoch: random, or random with packs of equal cost in one step."
+    )
     max_rejected: float = Field(default=0.0, ge=0, le=1, description="Share of the lines that may be rejected before the stage fails.")
+    workers: int | None = Field(default=None, ge=1, description="Processes that tokenize, all cores if not given.")
+    runner: Literal["local", "dask", "ray"] = Field(
+        default="local", description="Where input files are tokenized: this machine, or a cluster through a Prefect task runner."
+    )
 
     @model_validator(mode="after")
     def _a_document_fits_a_pack(self) -> Self:
-        if self.max_length > self.pack_length:
-            raise ValueError(f"max_length ({self.max_length}) is greater than pack_length ({self.pack_length}); documents are never cut")
+        if self.max_length > self.pack_length and self.packing != "hard":
+            raise ValueError(
+                f"max_length ({self.max_length}) is greater than pack_length ({self.pack_length}), and only packing hard cuts documents"
+            )
         return self
 
 

@@ -1,27 +1,81 @@
-"""The one canonical unit of chat data; every input format becomes this, every template renders this."""
+"""What a line of input means, whatever its format: every format becomes one of these, every template renders the first."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-ROLES = ("system", "user", "assistant")
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclass(frozen=True, slots=True)
+class ToolCall:
+    """A function the assistant calls; `arguments` is a JSON object."""
+
+    name: str
+    arguments: dict[str, Any]
+    id: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """OpenAI's form, with the arguments as an object, as chat templates expect them."""
+        call = {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
+        return call if self.id is None else {"id": self.id, **call}
 
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn. `loss` says whether the model learns to write it."""
+    """One turn. `loss` says whether the model learns to write it; `thinking` is what it wrote before its answer."""
 
     role: str
     content: str
     loss: bool = False
+    thinking: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    name: str | None = None
+    tool_call_id: str | None = None
+
+    def as_dict(self) -> dict[str, Any]:
+        """The form that `apply_chat_template` and OpenAI clients take; absent parts are left out."""
+        parts = {"reasoning_content": self.thinking, "name": self.name, "tool_call_id": self.tool_call_id}
+        calls = {"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else {}
+        return {"role": self.role, "content": self.content, **{key: part for key, part in parts.items() if part is not None}, **calls}
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Messages in order, at least one of them with loss."""
+    """Messages in order, at least one of them with loss; `tools` are the functions offered, as OpenAI's JSON schemas."""
 
     messages: tuple[Message, ...]
+    tools: tuple[dict[str, Any], ...] = ()
 
-    def as_dicts(self) -> list[dict[str, str]]:
-        """The form that `apply_chat_template` and OpenAI clients take."""
-        return [{"role": message.role, "content": message.content} for message in self.messages]
+    def as_dicts(self) -> list[dict[str, Any]]:
+        """The messages as `apply_chat_template` takes them."""
+        return [message.as_dict() for message in self.messages]
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """Plain text to continue pre-training on: every token but the first is learned."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Preference:
+    """Two answers to one prompt, the first better; kept for later use."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A question with a checkable answer, for reinforcement learning; kept for later use."""
+
+    messages: tuple[Message, ...]
+    answer: str
+    source: str | None = None
+
+
+Sample = Conversation | Passage | Preference | Prompt

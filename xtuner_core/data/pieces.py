@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import NamedTuple
 
 
-@dataclass(frozen=True, slots=True)
-class Control:
+class Control(NamedTuple):
     """A control token, by its name in the vocabulary. It enters as an id only, never as text."""
 
     token: str
     loss: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class Text:
+class Text(NamedTuple):
     """Plain text; neighbouring texts are encoded as one piece, with control tokens disabled."""
 
     text: str

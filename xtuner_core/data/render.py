@@ -24,7 +24,7 @@ class Template(Protocol):
     STOP: str
     """The token that ends the assistant's turn."""
 
-    def render(self, messages: tuple[Message, ...]) -> Iterator[Piece]: ...
+    def render(self, conversation: Conversation) -> Iterator[Piece]: ...
 
 
 PROBES = (
@@ -94,7 +94,7 @@ def first_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -
 
 def _first_mismatch(name: str, tokenizer: ChatTokenizer, model_dir: Path) -> str | None:
     try:
-        documents = encode(tokenizer, [list(find_template(name).render(probe.messages)) for probe in PROBES])
+        documents = encode(tokenizer, [list(find_template(name).render(probe)) for probe in PROBES])
     except RecipeError as error:
         return str(error)
     try:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xtuner_core.data.conversation import Message
+from xtuner_core.data.conversation import Conversation
 from xtuner_core.data.pieces import Control, Piece, Text
 
 JINJA = (
@@ -16,9 +16,9 @@ JINJA = (
 STOP = "<|im_end|>"
 
 
-def render(messages: tuple[Message, ...]) -> Iterator[Piece]:
+def render(conversation: Conversation) -> Iterator[Piece]:
     """Each turn is `<|im_start|>role\\n content <|im_end|>\\n`; content and end token of a learned turn carry loss."""
-    for message in messages:
+    for message in conversation.messages:
         yield Control("<|im_start|>")
         yield Text(f"{message.role}\n")
         yield Text(message.content, loss=message.loss)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xtuner_core.data.conversation import Message
+from xtuner_core.data.conversation import Conversation, Message
 from xtuner_core.data.pieces import Piece
 from xtuner_core.data.templates import chatml
 
@@ -21,8 +21,8 @@ JINJA = (
 )
 
 
-def render(messages: tuple[Message, ...]) -> Iterator[Piece]:
+def render(conversation: Conversation) -> Iterator[Piece]:
     """Like chatml, with the default system turn in front."""
-    if messages and messages[0].role != "system":
-        messages = (Message("system", SYSTEM), *messages)
-    yield from chatml.render(messages)
+    if conversation.messages[0].role != "system":
+        conversation = Conversation((Message("system", SYSTEM), *conversation.messages), conversation.tools)
+    yield from chatml.render(conversation)

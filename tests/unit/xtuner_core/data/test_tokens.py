@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
 
-from xtuner_core.data.conversation import Message
+from xtuner_core.data.conversation import Conversation, Message
 from xtuner_core.data.pieces import Text
 from xtuner_core.data.render import choose_template, find_template, own_tokenizer
 from xtuner_core.data.tokenize import ChatTokenizer, Document, encode, load_tokenizer
@@ -33,7 +33,7 @@ class Speech:
     template: str
 
     def encode(self, *messages: Message) -> Document:
-        return encode(self.ours, [list(find_template(self.template).render(messages))])[0]
+        return encode(self.ours, [list(find_template(self.template).render(Conversation(messages)))])[0]
 
     def round_trip(self, text: str) -> str:
         """The text as far as the vocabulary has it: SmolLM2's lacks some bytes of rare scripts and drops them."""
