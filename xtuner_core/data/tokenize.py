@@ -7,14 +7,15 @@ So the ids equal the model's own chat template, and no content can forge a turn.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Encoding, Tokenizer
+from tokenizers import Tokenizer
 
-from xtuner_core.data.pieces import Control, Piece
+from xtuner_core.data.pieces import Piece, Text
 from xtuner_core.errors import RecipeError
 
 
@@ -23,9 +24,13 @@ class ChatTokenizer:
     """A model's tokenizer, split into plain text encoding and the ids of its control tokens."""
 
     plain: Tokenizer
+    encoder: Encoder
+    """The same as `plain`, for many texts at once: a faster library where it passes the self-check."""
     control: dict[str, int]
-    special: frozenset[int]
-    """Ids that plain text must never become."""
+    is_special: np.ndarray
+    """`[vocabulary]` bool: the ids that plain text must never become."""
+    eos: str | None
+    """The token that ends a text."""
     vocab_size: int
 
 
@@ -35,6 +40,19 @@ class Document:
 
     ids: np.ndarray
     loss: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """Several documents end to end: `ids` uint32 and `loss` bool `[tokens]`, `lengths` int64 `[documents]`."""
+
+    ids: np.ndarray
+    loss: np.ndarray
+    lengths: np.ndarray
+
+
+Encoder = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
+"""Texts → their token ids end to end (uint32), and the number of tokens of each (int64)."""
 
 
 def load_tokenizer(model_dir: Path) -> ChatTokenizer:
@@ -50,69 +68,155 @@ def load_tokenizer(model_dir: Path) -> ChatTokenizer:
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
         raise RecipeError(f"{path}: not a tokenizer ({error}). The base model's folder needs a fast tokenizer (tokenizer.json).") from None
     control = {entry["content"]: entry["id"] for entry in tree["added_tokens"]}
-    special = frozenset(entry["id"] for entry in tree["added_tokens"] if entry["special"])
+    vocab_size = whole.get_vocab_size(with_added_tokens=True)
+    special = np.zeros(max([vocab_size, *(number + 1 for number in control.values())]), dtype=bool)
+    special[[entry["id"] for entry in tree["added_tokens"] if entry["special"]]] = True
     # Without added tokens no text can become a control token; without a post-processor nothing is added, and offsets stay exact.
     plain = Tokenizer.from_str(json.dumps({**tree, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}))
-    return ChatTokenizer(plain, control, special, whole.get_vocab_size(with_added_tokens=True))
+    return ChatTokenizer(plain, reference_encoder(plain), control, special, _eos(model_dir, control), vocab_size)
+
+
+def reference_encoder(plain: Tokenizer) -> Encoder:
+    """The tokenizers library itself."""
+
+    def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+        ids = [encoding.ids for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
+        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
+        return np.fromiter(chain.from_iterable(ids), dtype=np.uint32, count=int(lengths.sum())), lengths
+
+    return encode
+
+
+def _eos(model_dir: Path, control: dict[str, int]) -> str | None:
+    try:
+        token = json.loads((model_dir / "tokenizer_config.json").read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError):
+        return None
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if token in control else None
 
 
 def encode(tokenizer: ChatTokenizer, rendered: Sequence[Sequence[Piece]]) -> list[Document]:
-    """Token ids and loss masks of rendered conversations, encoded as one batch.
+    """`encode_batch`, one document at a time."""
+    batch = encode_batch(tokenizer, rendered)
+    ends = np.cumsum(batch.lengths)
+    return [
+        Document(batch.ids[end - length : end], batch.loss[end - length : end]) for end, length in zip(ends, batch.lengths, strict=True)
+    ]
+
+
+def encode_batch(tokenizer: ChatTokenizer, rendered: Sequence[Sequence[Piece]]) -> Tokenized:
+    """Token ids and loss masks of rendered conversations. A token carries loss if any of its characters does.
 
     Raises:
-        RecipeError: the template names a control token that the tokenizer does not have.
+        RecipeError: the template names a control token that the tokenizer does not have, or plain text became a control token.
     """
-    runs = [list(_runs(pieces)) for pieces in rendered]
-    texts = [run.text for document in runs for run in document if isinstance(run, _Run)]
-    encodings = iter(tokenizer.plain.encode_batch(texts, add_special_tokens=False))
-    return [_assemble(tokenizer, document, encodings) for document in runs]
+    segments = _segments(tokenizer.control, rendered)
+    run_ids, run_lengths = tokenizer.encoder(segments.texts)
+    if tokenizer.is_special[run_ids].any():  # a model whose own vocabulary has them as words, as Unigram may
+        raise RecipeError("this tokenizer turns plain text into control tokens, so content could forge a turn; choose another model.base.")
+    controls = np.array(segments.controls, dtype=np.int64)
+    is_run = controls < 0
+    lengths = np.ones(len(controls), dtype=np.int64)
+    lengths[is_run] = run_lengths
+    in_run = np.repeat(is_run, lengths)
+    ids = np.empty(len(in_run), dtype=np.uint32)
+    ids[in_run] = run_ids
+    ids[~in_run] = controls[~is_run]
+    loss = np.repeat(np.array(segments.loss, dtype=bool), lengths)
+    starts = np.cumsum(lengths) - lengths
+    melted = [
+        number for header, runs in segments.headed.items() for number in _unlearn(tokenizer, header, np.array(runs), starts, ids, loss)
+    ]
+    for segment in (*melted, *segments.mixed):
+        place = slice(starts[segment], starts[segment] + lengths[segment])
+        loss[place] = _by_offsets(tokenizer, segments.parts[segment])
+    ends = np.concatenate([[0], np.cumsum(lengths)])[np.cumsum([0, *segments.counts])]
+    return Tokenized(ids, loss, np.diff(ends))
 
 
 @dataclass(frozen=True, slots=True)
-class _Run:
-    """Neighbouring texts as one string; `spans` are the characters with loss."""
+class _Segments:
+    """A batch as a sequence of control tokens and runs of plain text (neighbouring texts as one string).
 
-    text: str
-    spans: tuple[tuple[int, int], ...]
+    `controls` has the id of each control token and -1 for a run, `loss` whether a segment is learned, `counts` the number of segments
+    of each document. Of the runs that are learned in part, `headed` has those that are learned behind a header, by its text, and
+    `mixed` the others; `parts` are their texts.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    controls: list[int] = field(default_factory=list)
+    loss: list[bool] = field(default_factory=list)
+    counts: list[int] = field(default_factory=list)
+    headed: dict[str, list[int]] = field(default_factory=dict)
+    mixed: list[int] = field(default_factory=list)
+    parts: dict[int, list[Piece]] = field(default_factory=dict)
 
 
-def _runs(pieces: Sequence[Piece]) -> Iterable[_Run | Control]:
-    text, spans = "", []
-    for piece in pieces:
-        if isinstance(piece, Control):
-            if text:
-                yield _Run(text, tuple(spans))
-            yield piece
-            text, spans = "", []
+def _segments(control: dict[str, int], rendered: Sequence[Sequence[Piece]]) -> _Segments:
+    segments = _Segments()
+    controls, loss = segments.controls, segments.loss
+    for pieces in rendered:
+        before = len(controls)
+        run: list[Piece] = []
+        for piece in pieces:
+            if piece.__class__ is Text:
+                if piece[0]:
+                    run.append(piece)
+                continue
+            if run:
+                _close(segments, run)
+                run = []
+            try:
+                controls.append(control[piece[0]])
+            except KeyError:
+                raise _lacks(piece[0]) from None
+            loss.append(piece[1])
+        if run:
+            _close(segments, run)
+        segments.counts.append(len(controls) - before)
+    return segments
+
+
+def _close(segments: _Segments, run: list[Piece]) -> None:
+    first, *others = run
+    number = len(segments.controls)
+    if all(piece[1] is first[1] for piece in others):
+        learned = first[1]
+    else:
+        learned = True
+        segments.parts[number] = run
+        if len(run) == 2 and not first[1]:
+            segments.headed.setdefault(first[0], []).append(number)
         else:
-            if piece.loss and piece.text:
-                spans.append((len(text), len(text) + len(piece.text)))
-            text += piece.text
-    if text:
-        yield _Run(text, tuple(spans))
+            segments.mixed.append(number)
+    segments.texts.append("".join([piece[0] for piece in run]) if others else first[0])
+    segments.controls.append(-1)
+    segments.loss.append(learned)
 
 
-def _assemble(tokenizer: ChatTokenizer, runs: list[_Run | Control], encodings: Iterable[Encoding]) -> Document:
-    ids: list[int] = []
-    loss: list[bool] = []
-    encodings = iter(encodings)
-    for run in runs:
-        if isinstance(run, Control):
-            ids.append(_control_id(tokenizer, run.token))
-            loss.append(run.loss)
-            continue
-        encoding = next(encodings)
-        if not tokenizer.special.isdisjoint(encoding.ids):  # a model whose own vocabulary has them as words, as Unigram may
-            raise RecipeError(
-                "this tokenizer turns plain text into control tokens, so content could forge a turn; choose another model.base."
-            )
-        ids.extend(encoding.ids)
-        # A token carries loss if any of its characters does.
-        loss.extend(any(end > first and start < last for first, last in run.spans) for start, end in encoding.offsets)
-    return Document(np.array(ids, dtype=np.uint32), np.array(loss, dtype=bool))
+def _unlearn(
+    tokenizer: ChatTokenizer, header: str, segments: np.ndarray, starts: np.ndarray, ids: np.ndarray, loss: np.ndarray
+) -> np.ndarray:
+    """Take the loss from the header's tokens, where they are the first of the segment; returns the segments where they are not.
+
+    If the ids begin with those of the header alone, a token ends where the header ends. Otherwise (an answer that begins with a line
+    break may melt into the header's) only offsets tell.
+    """
+    own = np.array(tokenizer.plain.encode(header, add_special_tokens=False).ids, dtype=np.uint32)
+    places = np.minimum(starts[segments][:, None] + np.arange(len(own)), len(ids) - 1)
+    apart = (ids[places] == own).all(axis=1)
+    loss[places[apart]] = False
+    return segments[~apart]
 
 
-def _control_id(tokenizer: ChatTokenizer, token: str) -> int:
-    if token not in tokenizer.control:
-        raise RecipeError(f"the chat template needs the token {token!r}, which this tokenizer lacks; set model.template to another one.")
-    return tokenizer.control[token]
+def _by_offsets(tokenizer: ChatTokenizer, run: list[Piece]) -> np.ndarray:
+    """Loss of each token `[tokens]` of a run."""
+    ends = np.cumsum([len(piece[0]) for piece in run])
+    spans = [(end - len(piece[0]), end) for piece, end in zip(run, ends, strict=True) if piece[1]]
+    encoding = tokenizer.plain.encode("".join(piece[0] for piece in run), add_special_tokens=False)
+    return np.array([any(end > left and start < right for left, right in spans) for start, end in encoding.offsets], dtype=bool)
+
+
+def _lacks(token: str) -> RecipeError:
+    return RecipeError(f"the chat template needs the token {token!r}, which this tokenizer lacks; set model.template to another one.")
