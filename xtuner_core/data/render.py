@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from xtuner_core import registry
 from xtuner_core.data import templates
 from xtuner_core.data.conversation import Conversation, Message
+from xtuner_core.data.jsonl import Rejected
+from xtuner_core.data.own_template import own_renderer
 from xtuner_core.data.pieces import Piece
 from xtuner_core.data.tokenize import ChatTokenizer, encode, load_tokenizer
 from xtuner_core.errors import RecipeError
@@ -19,12 +21,12 @@ from xtuner_core.errors import RecipeError
 class Template(Protocol):
     """What a module of the templates folder offers."""
 
-    JINJA: str
-    """The same template for everything that serves the model."""
+    JINJA: str | None
+    """The same template for everything that serves the model; None if only models that bring their own can have it."""
     STOP: str
     """The token that ends the assistant's turn."""
 
-    def render(self, conversation: Conversation) -> Iterator[Piece]: ...
+    def render(self, conversation: Conversation) -> Iterable[Piece]: ...
 
 
 PROBES = (
@@ -41,19 +43,28 @@ def find_template(name: str) -> Template:
     return cast(Template, registry.find(templates, name))
 
 
+def renderer(name: str, model_dir: Path, tokenizer: ChatTokenizer) -> Callable[[Conversation], Iterable[Piece]]:
+    """The function that renders conversations: a shipped template's, or with the name `own` the model's Jinja template."""
+    if name == templates.OWN:
+        return own_renderer(model_dir, tokenizer.control)
+    return find_template(name).render
+
+
 def choose_template(model_dir: Path, name: str | None) -> str:
     """The name of the template to train with: the one asked for, or the one that gives the same ids as the model's own.
+
+    `own`, if no shipped one does: then the model's Jinja template itself renders, some fifty times slower.
 
     Raises:
         RecipeError: the asked-for template differs from the model's own, or none fits.
     """
     own = has_own_template(model_dir)
-    candidates = [name] if name else registry.names(templates)
+    candidates = [name] if name else [*registry.names(templates), templates.OWN]
     if not own:
-        if name:
-            find_template(name)
+        if name and find_template(name).JINJA is not None:
             return name
-        raise RecipeError(f"{model_dir}: the model has no chat template; set model.template to one of {', '.join(candidates)}.")
+        fitting = [word for word in registry.names(templates) if find_template(word).JINJA is not None]
+        raise RecipeError(f"{model_dir}: the model has no chat template; set model.template to one of {', '.join(fitting)}.")
     tokenizer = load_tokenizer(model_dir)
     reasons = {candidate: _first_mismatch(candidate, tokenizer, model_dir) for candidate in candidates}
     for candidate, reason in reasons.items():
@@ -78,8 +89,12 @@ def own_tokenizer(model_dir: Path):  # noqa: ANN201 - a transformers class, impo
 def own_ids(model_dir: Path, conversations: Sequence[Conversation]) -> list[np.ndarray]:
     """Token ids of the folder's own chat template."""
     tokenizer = own_tokenizer(model_dir)
-    encoded = (tokenizer.apply_chat_template(one.as_dicts(), tokenize=True, return_dict=False) for one in conversations)
+    encoded = (_own(tokenizer, one) for one in conversations)
     return [np.array(ids, dtype=np.uint32) for ids in encoded]
+
+
+def _own(tokenizer: Any, one: Conversation) -> list[int]:
+    return tokenizer.apply_chat_template(one.as_dicts(), tools=list(one.tools) or None, tokenize=True, return_dict=False)
 
 
 def first_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> str | None:
@@ -94,8 +109,9 @@ def first_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -
 
 def _first_mismatch(name: str, tokenizer: ChatTokenizer, model_dir: Path) -> str | None:
     try:
-        documents = encode(tokenizer, [list(find_template(name).render(probe)) for probe in PROBES])
-    except RecipeError as error:
+        render = renderer(name, model_dir, tokenizer)
+        documents = encode(tokenizer, [list(render(probe)) for probe in PROBES])
+    except (RecipeError, Rejected) as error:
         return str(error)
     try:
         return first_difference([document.ids for document in documents], own_ids(model_dir, PROBES))

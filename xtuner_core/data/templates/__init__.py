@@ -1,1 +1,4 @@
-"""Chat templates as data: one module each with a `TEMPLATE`; a module is found by its name."""
+"""Chat templates as data: one module each with JINJA, STOP and `render(conversation)`; a module is found by its name."""
+
+OWN = "own"
+"""The name that means the model's own Jinja template."""
