@@ -57,7 +57,7 @@ def check(recipe: Recipe) -> None:
     asked = {recipe.data.format, *(source.format for source in recipe.data.train)} - {"auto", None}
     named = [(launchers, recipe.train.launcher), *((formats, name) for name in sorted(name for name in asked if name))]
     named += [(evaluators, recipe.eval.evaluator), (chatters, recipe.chat.chatter)]
-    named += [(templates, recipe.model.template)] if recipe.model.template else []
+    named += [(templates, recipe.model.template)] if recipe.model.template not in (None, templates.OWN) else []
     for package, name in named:
         registry.find(package, name)
     for node in PIPELINE:

@@ -26,7 +26,9 @@ class ModelConfig(Config):
         "preset:NAME (random weights) or a hub id."
     )
     template: str | None = Field(
-        default=None, description="Chat template, a module of xtuner_core/data/templates; inferred from the tokenizer if not given."
+        default=None,
+        description="Chat template, a module of xtuner_core/data/templates, or own (the model's Jinja template, slower); "
+        "the one that equals the model's own if not given.",
     )
 
 

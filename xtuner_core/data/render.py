@@ -61,7 +61,7 @@ def choose_template(model_dir: Path, name: str | None) -> str:
     own = has_own_template(model_dir)
     candidates = [name] if name else [*registry.names(templates), templates.OWN]
     if not own:
-        if name and find_template(name).JINJA is not None:
+        if name and name != templates.OWN and find_template(name).JINJA is not None:
             return name
         fitting = [word for word in registry.names(templates) if find_template(word).JINJA is not None]
         raise RecipeError(f"{model_dir}: the model has no chat template; set model.template to one of {', '.join(fitting)}.")
