@@ -1,0 +1,259 @@
+"""From one input file to one shard: its token ids with loss masks, and what became of every line.
+
+A part of a file (`tokenize_part`) is done by one process; `join_parts` puts the parts of a file together. A shard folder holds
+
+ids.bin offsets.npy loss.npy ...   the documents (`xtuner_core/data/dataset.py`)
+lines.npy         int64 [documents], the line (element, row) of the file each document comes from, counted from 1
+rejected.jsonl    {"line", "byte_offset", "reason"} of every line that cannot be used
+samples.jsonl     the first conversations with their ids, for the check of the exported chat template
+kept.jsonl        preference pairs and prompts, kept for later use
+tally.json        the counts: accepted + rejected + blank + dropped = lines
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from xtuner_core import registry
+from xtuner_core.data import formats
+from xtuner_core.data.conversation import Conversation, Passage, Sample
+from xtuner_core.data.dataset import join_documents, write_documents
+from xtuner_core.data.inputs import Part, Row, rows
+from xtuner_core.data.jsonl import Rejected
+from xtuner_core.data.pieces import Control, Piece, Text
+from xtuner_core.data.render import find_template, renderer
+from xtuner_core.data.tokenize import ChatTokenizer, Document, Tokenized, encode, encode_batch, load_tokenizer
+from xtuner_core.data.truncate import Dropped, chunks, fit
+from xtuner_core.durable import write_json
+
+VERSION = 1
+"""Raise it when the same file and `Encoding` would give another shard."""
+KEPT_SAMPLES = 64
+BATCH_ROWS = 1024
+BATCH_CHARACTERS = 4 * 2**20
+
+
+@dataclass(frozen=True, slots=True)
+class Encoding:
+    """All that decides a shard's bytes beside its file and the model's tokenizer; the fields are those of the recipe."""
+
+    format: str
+    template: str
+    loss: str
+    thinking: str
+    too_long: str
+    max_length: int
+
+
+@dataclass(slots=True)
+class Tally:
+    """Counts of a shard. `kept` ones (for later use) are among the accepted; documents, tokens and learned tokens are not lines."""
+
+    lines: int = 0
+    blank: int = 0
+    accepted: int = 0
+    rejected: int = 0
+    dropped: int = 0
+    kept: int = 0
+    documents: int = 0
+    tokens: int = 0
+    learned: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(*(getattr(self, item.name) + getattr(other, item.name) for item in fields(Tally)))
+
+
+@dataclass(slots=True)
+class _Shard:
+    """What is gathered beside the documents while a part is read."""
+
+    tally: Tally = field(default_factory=Tally)
+    lines: list[int] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    kept: list[dict[str, Any]] = field(default_factory=list)
+
+    def reject(self, row: Row, reason: str) -> None:
+        self.tally.rejected += 1
+        self.rejected.append({"line": row.number, "byte_offset": row.offset, "reason": reason})
+
+
+def tokenize_part(part: Part, model_dir: Path, encoding: Encoding, folder: Path) -> Tally:
+    """Write the new shard folder `folder` from a part of a file; memory is bounded by the batch, not by the part.
+
+    Raises:
+        DataError: the file as a whole is unreadable.
+        RecipeError: the tokenizer does not fit the template.
+    """
+    tokenizer = load_tokenizer(model_dir)
+    shard = _Shard()
+    write_documents(folder, _documents(rows(part), tokenizer, model_dir, encoding, shard))
+    np.save(folder / "lines.npy", np.array(shard.lines, dtype=np.int64))
+    shard.rejected.sort(key=lambda entry: entry["line"])
+    for name in ("rejected", "samples", "kept"):
+        _write_lines(folder / f"{name}.jsonl", getattr(shard, name))
+    write_json(folder / "tally.json", asdict(shard.tally))
+    return shard.tally
+
+
+def read_tally(folder: Path) -> Tally:
+    """The counts of a shard folder."""
+    return Tally(**json.loads((folder / "tally.json").read_text(encoding="utf-8")))
+
+
+def join_parts(folders: Sequence[Path], folder: Path) -> Tally:
+    """Put the parts of one file together, in order, as the new shard folder `folder`."""
+    join_documents(folders, folder)
+    tallies = [read_tally(part) for part in folders]
+    before = np.cumsum([0, *(tally.lines for tally in tallies)])[:-1]
+    np.save(
+        folder / "lines.npy", np.concatenate([np.load(part / "lines.npy") + start for part, start in zip(folders, before, strict=True)])
+    )
+    _write_lines(folder / "rejected.jsonl", _shifted(folders, before))
+    for name in ("samples", "kept"):
+        with open(folder / f"{name}.jsonl", "wb") as joined:
+            for part in folders:
+                with open(part / f"{name}.jsonl", "rb") as stream:
+                    shutil.copyfileobj(stream, joined)
+    whole = sum(tallies, Tally())
+    write_json(folder / "tally.json", asdict(whole))
+    return whole
+
+
+def _shifted(folders: Sequence[Path], before: Iterable[int]) -> Iterator[dict[str, Any]]:
+    for part, start in zip(folders, before, strict=True):
+        with open(part / "rejected.jsonl", encoding="utf-8") as stream:
+            for line in stream:
+                entry = json.loads(line)
+                yield {**entry, "line": entry["line"] + int(start)}
+
+
+def _write_lines(path: Path, values: Iterable[Any]) -> None:
+    with open(path, "w", encoding="utf-8") as stream:
+        stream.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
+
+
+Pending = tuple[Row, Sample, list[Piece]]
+
+
+def _documents(every: Iterable[Row], tokenizer: ChatTokenizer, model_dir: Path, encoding: Encoding, shard: _Shard) -> Iterator[Tokenized]:
+    parse = registry.find(formats, encoding.format).parse
+    render = _renderer(tokenizer, model_dir, encoding)
+    waiting: list[Pending] = []
+    characters = 0
+    for row in every:
+        shard.tally.lines += 1
+        if row.blank:
+            shard.tally.blank += 1
+        elif row.reason is not None:
+            shard.reject(row, row.reason)
+        else:
+            try:
+                sample = parse(row.value)
+                pieces = render(sample)
+            except Rejected as reason:
+                shard.reject(row, str(reason))
+                continue
+            if pieces is None:
+                shard.kept.append({"line": row.number, "kind": type(sample).__name__.lower(), **asdict(sample)})
+                shard.tally.kept += 1
+                shard.tally.accepted += 1
+                continue
+            waiting.append((row, sample, pieces))
+            characters += sum(len(piece[0]) for piece in pieces)
+            if len(waiting) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
+                yield _encode(waiting, tokenizer, render, encoding, shard)
+                waiting, characters = [], 0
+    yield _encode(waiting, tokenizer, render, encoding, shard)
+
+
+Render = Callable[[Sample], list[Piece] | None]
+
+
+def _renderer(tokenizer: ChatTokenizer, model_dir: Path, encoding: Encoding) -> Render:
+    """Sample → pieces with loss; None for a kind that is only kept."""
+    chat = renderer(encoding.template, model_dir, tokenizer)
+    end = Control(tokenizer.eos, loss=True) if tokenizer.eos else Control(find_template(encoding.template).STOP, loss=True)
+    plain = encoding.loss == "all" and encoding.thinking == "keep"
+
+    def render(sample: Sample) -> list[Piece] | None:
+        if isinstance(sample, Conversation):
+            return list(chat(sample if plain else _as_asked(sample, encoding)))
+        return [Text(sample.text, loss=True), end] if isinstance(sample, Passage) else None
+
+    return render
+
+
+def _as_asked(conversation: Conversation, encoding: Encoding) -> Conversation:
+    messages = conversation.messages
+    if encoding.thinking == "drop":
+        messages = tuple(replace(message, thinking=None) for message in messages)
+    if encoding.loss == "last":
+        last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
+        messages = tuple(replace(message, loss=message.loss and index == last) for index, message in enumerate(messages))
+    return Conversation(messages, conversation.tools)
+
+
+def _encode(waiting: list[Pending], tokenizer: ChatTokenizer, render: Render, encoding: Encoding, shard: _Shard) -> Tokenized:
+    """A batch's documents, those that are too long after the recipe's policy."""
+    batch = encode_batch(tokenizer, [pieces for _, _, pieces in waiting])
+    ends = np.cumsum(batch.lengths)
+    documents = (
+        Document(batch.ids[end - length : end], batch.loss[end - length : end]) for end, length in zip(ends, batch.lengths, strict=True)
+    )
+    fitted: list[Document] = []
+    for (row, sample, _), document in zip(waiting, documents, strict=True):
+        try:
+            made = _fitted(sample, document, tokenizer, render, encoding)
+        except Rejected as reason:
+            shard.reject(row, str(reason))
+        except Dropped:
+            shard.tally.dropped += 1
+        else:
+            shard.tally.accepted += 1
+            shard.lines += [row.number] * len(made)
+            fitted += made
+            if len(shard.samples) < KEPT_SAMPLES:
+                _keep_sample(shard, sample, document, made, tokenizer, encoding)
+    return _end_to_end(fitted, shard.tally)
+
+
+def _fitted(sample: Sample, document: Document, tokenizer: ChatTokenizer, render: Render, encoding: Encoding) -> list[Document]:
+    if not isinstance(sample, Conversation):
+        if made := list(chunks(document, encoding.max_length)):
+            return made
+        raise Rejected("nothing to learn: fewer than two tokens")
+    return [fit(sample, document, encoding.too_long, encoding.max_length, lambda shorter: encode(tokenizer, [render(shorter) or []])[0])]
+
+
+def _keep_sample(
+    shard: _Shard, sample: Sample, document: Document, made: list[Document], tokenizer: ChatTokenizer, encoding: Encoding
+) -> None:
+    """Keep a whole conversation without the name of a control token in it: only there do other programs' ids equal ours."""
+    if not isinstance(sample, Conversation) or len(made[0].ids) != len(document.ids):
+        return
+    asked = _as_asked(sample, encoding)
+    entry = {"messages": asked.as_dicts(), "tools": list(asked.tools)}
+    text = json.dumps(entry, ensure_ascii=False)
+    if not any(token in text for token in tokenizer.control if token.strip()):
+        shard.samples.append({**entry, "ids": document.ids.tolist()})
+
+
+def _end_to_end(documents: list[Document], tally: Tally) -> Tokenized:
+    empty = Document(np.empty(0, np.uint32), np.empty(0, bool))
+    whole = Tokenized(
+        np.concatenate([document.ids for document in documents] or [empty.ids]),
+        np.concatenate([document.loss for document in documents] or [empty.loss]),
+        np.array([len(document.ids) for document in documents], dtype=np.int64),
+    )
+    tally.documents += len(documents)
+    tally.tokens += len(whole.ids)
+    tally.learned += int(whole.loss.sum())
+    return whole
