@@ -55,9 +55,9 @@ def _whole_turns(conversation: Conversation, limit: int, encode: Callable[[Conve
 
 
 def chunks(document: Document, limit: int) -> Iterator[Document]:
-    """A text's tokens in pieces of at most `limit`; a piece's first token has nothing before it that could predict it."""
-    for start in range(0, len(document.ids), limit):
+    """A text's tokens in pieces of at most `limit`; each begins with the last token of the one before, so that every token but the
+    first of all is learned exactly once."""
+    for start in range(0, len(document.ids) - 1, limit - 1):
         piece = Document(document.ids[start : start + limit], document.loss[start : start + limit].copy())
         piece.loss[0] = False
-        if len(piece.ids) > 1:
-            yield piece
+        yield piece
