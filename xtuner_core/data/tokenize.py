@@ -125,12 +125,12 @@ def encode_batch(tokenizer: ChatTokenizer, rendered: Sequence[Sequence[Piece]]) 
     ids[~in_run] = controls[~is_run]
     loss = np.repeat(np.array(segments.loss, dtype=bool), lengths)
     starts = np.cumsum(lengths) - lengths
-    melted = [
-        number for header, runs in segments.headed.items() for number in _unlearn(tokenizer, header, np.array(runs), starts, ids, loss)
-    ]
-    for segment in (*melted, *segments.mixed):
-        place = slice(starts[segment], starts[segment] + lengths[segment])
-        loss[place] = _by_offsets(tokenizer, segments.parts[segment])
+    headed = {number for numbers in segments.headed.values() for number in numbers}
+    unclear = [number for number in segments.partly if number not in headed]
+    for header, numbers in segments.headed.items():
+        unclear.extend(_unlearn(tokenizer, header, np.array(numbers), starts, ids, loss))
+    for number in unclear:
+        loss[starts[number] : starts[number] + lengths[number]] = _by_offsets(tokenizer, segments.partly[number])
     ends = np.concatenate([[0], np.cumsum(lengths)])[np.cumsum([0, *segments.counts])]
     return Tokenized(ids, loss, np.diff(ends))
 
@@ -140,17 +140,16 @@ class _Segments:
     """A batch as a sequence of control tokens and runs of plain text (neighbouring texts as one string).
 
     `controls` has the id of each control token and -1 for a run, `loss` whether a segment is learned, `counts` the number of segments
-    of each document. Of the runs that are learned in part, `headed` has those that are learned behind a header, by its text, and
-    `mixed` the others; `parts` are their texts.
+    of each document. `partly` are the runs of which some texts may not be learned, by segment; `headed` those of them that are a header
+    and something learned, by the header's text.
     """
 
     texts: list[str] = field(default_factory=list)
     controls: list[int] = field(default_factory=list)
     loss: list[bool] = field(default_factory=list)
     counts: list[int] = field(default_factory=list)
+    partly: dict[int, list[Piece]] = field(default_factory=dict)
     headed: dict[str, list[int]] = field(default_factory=dict)
-    mixed: list[int] = field(default_factory=list)
-    parts: dict[int, list[Piece]] = field(default_factory=dict)
 
 
 def _segments(control: dict[str, int], rendered: Sequence[Sequence[Piece]]) -> _Segments:
@@ -179,18 +178,18 @@ def _segments(control: dict[str, int], rendered: Sequence[Sequence[Piece]]) -> _
 
 
 def _close(segments: _Segments, run: list[Piece]) -> None:
-    first, *others = run
-    number = len(segments.controls)
-    if all(piece[1] is first[1] for piece in others):
-        learned = first[1]
+    if len(run) == 1:
+        text, learned = run[0]
+    elif len(run) == 2:  # a header and a content, the usual case
+        (header, first), (content, second) = run
+        text, learned = header + content, first or second
+        if second and not first:
+            segments.headed.setdefault(header, []).append(len(segments.controls))
     else:
-        learned = True
-        segments.parts[number] = run
-        if len(run) == 2 and not first[1]:
-            segments.headed.setdefault(first[0], []).append(number)
-        else:
-            segments.mixed.append(number)
-    segments.texts.append("".join([piece[0] for piece in run]) if others else first[0])
+        text, learned = "".join([piece[0] for piece in run]), any(piece[1] for piece in run)
+    if learned and len(run) > 1:
+        segments.partly[len(segments.controls)] = run
+    segments.texts.append(text)
     segments.controls.append(-1)
     segments.loss.append(learned)
 
