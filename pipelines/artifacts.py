@@ -4,6 +4,7 @@ STORE/<stage>/<key>/payload/       the result; its digest is part of the keys of
                    /record/        logs, pictures, timings
                    /manifest.json  inputs, settings, environment, every file's size and sha256
                    /stamps.json    modification times seen at the last full check
+STORE/shards/<key>/                a tokenized input file: a cache of the prepare stage (pipelines/shards.py)
 STORE/.work/<stage>-<key>/         an attempt that is running or was interrupted
 STORE/.damaged/<stage>-<key>/      a published artifact that failed its check, until it is rebuilt
 """
@@ -86,6 +87,7 @@ class Store:
 
     def __init__(self, root: Path) -> None:
         self.root = root.resolve()
+        self.cache = self.root / "shards"
 
     def ingredients(self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
         """Everything that decides the bytes of the stage's payload, and nothing else (no path, time or host)."""
@@ -194,7 +196,8 @@ class Store:
         for folder in parts.values():
             folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        metrics = stage.run(recipe, Work({name: item.payload for name, item in inputs.items()}, **parts, log=log))
+        work = Work({name: item.payload for name, item in inputs.items()}, **parts, cache=self.cache, log=log)
+        metrics = stage.run(recipe, work)
         self._require_unchanged(stage.files(recipe), ingredients["files"])
         remove(parts["scratch"])
         manifest = {

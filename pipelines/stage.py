@@ -27,6 +27,8 @@ class Work:
     record: Path
     scratch: Path
     """For a resumable stage's half-done work; not part of the artifact."""
+    cache: Path
+    """Tokenized input files, shared by every attempt and run; may be deleted, and what is taken from it must be checked."""
     log: Log
 
 

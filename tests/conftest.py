@@ -44,7 +44,7 @@ def prepare_place(tiny_model_folder: Path, tmp_path_factory: pytest.TempPathFact
     """A new, empty place for the prepare stage, with the tiny model as its input."""
 
     def place() -> Work:
-        parts = {part: tmp_path_factory.mktemp(part) for part in ("payload", "record", "scratch")}
+        parts = {part: tmp_path_factory.mktemp(part) for part in ("payload", "record", "scratch", "cache")}
         return Work({"base": tiny_model_folder.parent}, **parts, log=print)
 
     return place

@@ -111,7 +111,7 @@ def drop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[
 
 
 def _run(stage: Stage, folder: Path, inputs: dict[str, Path], *overrides: str) -> Metrics:
-    parts = {part: folder / part for part in ("payload", "record", "scratch")}
+    parts = {part: folder / part for part in ("payload", "record", "scratch", "cache")}
     for part in parts.values():
         part.mkdir(parents=True)
     return stage.run(load_recipe("qwen3_tiny_full_openai", overrides), Work(inputs, **parts, log=print))

@@ -77,7 +77,9 @@ def _run(model: Path, out: Path, *rows: list[dict[str, str]], settings: tuple[st
     prompts = out / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in rows))
     lines: list[str] = []
-    work = Work({"model": model}, payload=out / "payload", record=out / "record", scratch=out / "scratch", log=lines.append)
+    work = Work(
+        {"model": model}, payload=out / "payload", record=out / "record", scratch=out / "scratch", cache=out / "cache", log=lines.append
+    )
     work.payload.mkdir()
     work.record.mkdir()
     recipe = load_recipe("qwen3_tiny_full_openai", [f"chat.prompts={prompts}", "chat.count=3", "chat.max_tokens=20", *settings])

@@ -41,7 +41,7 @@ def run(recipe: Recipe, store: Store, folder: Path, **changed: Path) -> Metrics:
     """The convert stage on the recipe's real inputs, some of them replaced."""
     names = {"base": "base", "data": "prepare", "checkpoint": "train"}
     inputs = {name: changed.get(name) or made(node, recipe, store).payload for name, node in names.items()}
-    parts = {part: folder / part for part in ("payload", "record", "scratch")}
+    parts = {part: folder / part for part in ("payload", "record", "scratch", "cache")}
     for part in parts.values():
         part.mkdir(parents=True)
     return convert.run(recipe, Work(inputs, **parts, log=print))

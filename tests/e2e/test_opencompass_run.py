@@ -41,7 +41,7 @@ def _recipe(*datasets: EvalDataset) -> Recipe:
 
 
 def _work(folder: Path, model: Path) -> Work:
-    parts = {part: folder / part for part in ("payload", "record", "scratch")}
+    parts = {part: folder / part for part in ("payload", "record", "scratch", "cache")}
     for part in parts.values():
         part.mkdir(parents=True)
     return Work({"model": model.parent}, **parts, log=print)
