@@ -204,12 +204,31 @@ def _as_asked(conversation: Conversation, encoding: Encoding) -> Conversation:
 def _encode(waiting: list[Pending], tokenizer: ChatTokenizer, render: Render, encoding: Encoding, shard: _Shard) -> Tokenized:
     """A batch's documents, those that are too long after the recipe's policy."""
     batch = encode_batch(tokenizer, [pieces for _, _, pieces in waiting])
+    _keep_samples(shard, waiting, batch, tokenizer, encoding)
+    if _all_fit(waiting, batch, encoding.max_length):
+        shard.tally.accepted += len(waiting)
+        shard.lines += [row.number for row, _, _ in waiting]
+    else:
+        batch = _fit_each(waiting, batch, tokenizer, render, encoding, shard)
+    shard.tally.documents += len(batch.lengths)
+    shard.tally.tokens += len(batch.ids)
+    shard.tally.learned += int(batch.loss.sum())
+    return batch
+
+
+def _all_fit(waiting: list[Pending], batch: Tokenized, limit: int) -> bool:
+    """Whether all are conversations of at most `limit` tokens with something to learn behind the first."""
     ends = np.cumsum(batch.lengths)
-    documents = (
-        Document(batch.ids[end - length : end], batch.loss[end - length : end]) for end, length in zip(ends, batch.lengths, strict=True)
-    )
+    learned = np.concatenate([[0], np.cumsum(batch.loss)])
+    some = learned[ends] > learned[np.minimum(ends - batch.lengths + 1, ends)]
+    return bool((batch.lengths <= limit).all() and some.all()) and all(isinstance(sample, Conversation) for _, sample, _ in waiting)
+
+
+def _fit_each(
+    waiting: list[Pending], batch: Tokenized, tokenizer: ChatTokenizer, render: Render, encoding: Encoding, shard: _Shard
+) -> Tokenized:
     fitted: list[Document] = []
-    for (row, sample, _), document in zip(waiting, documents, strict=True):
+    for (row, sample, _), document in zip(waiting, batch.documents(), strict=True):
         try:
             made = _fitted(sample, document, tokenizer, render, encoding)
         except Rejected as reason:
@@ -220,9 +239,7 @@ def _encode(waiting: list[Pending], tokenizer: ChatTokenizer, render: Render, en
             shard.tally.accepted += 1
             shard.lines += [row.number] * len(made)
             fitted += made
-            if len(shard.samples) < KEPT_SAMPLES:
-                _keep_sample(shard, sample, document, made, tokenizer, encoding)
-    return _end_to_end(fitted, shard.tally)
+    return Tokenized.of(fitted)
 
 
 def _fitted(sample: Sample, document: Document, tokenizer: ChatTokenizer, render: Render, encoding: Encoding) -> list[Document]:
@@ -233,27 +250,16 @@ def _fitted(sample: Sample, document: Document, tokenizer: ChatTokenizer, render
     return [fit(sample, document, encoding.too_long, encoding.max_length, lambda shorter: encode(tokenizer, [render(shorter) or []])[0])]
 
 
-def _keep_sample(
-    shard: _Shard, sample: Sample, document: Document, made: list[Document], tokenizer: ChatTokenizer, encoding: Encoding
-) -> None:
-    """Keep a whole conversation without the name of a control token in it: only there do other programs' ids equal ours."""
-    if not isinstance(sample, Conversation) or len(made[0].ids) != len(document.ids):
+def _keep_samples(shard: _Shard, waiting: list[Pending], batch: Tokenized, tokenizer: ChatTokenizer, encoding: Encoding) -> None:
+    """Keep whole conversations without the name of a control token in them: only there do other programs' ids equal ours."""
+    if len(shard.samples) >= KEPT_SAMPLES:
         return
-    asked = _as_asked(sample, encoding)
-    entry = {"messages": asked.as_dicts(), "tools": list(asked.tools)}
-    text = json.dumps(entry, ensure_ascii=False)
-    if not any(token in text for token in tokenizer.control if token.strip()):
-        shard.samples.append({**entry, "ids": document.ids.tolist()})
-
-
-def _end_to_end(documents: list[Document], tally: Tally) -> Tokenized:
-    empty = Document(np.empty(0, np.uint32), np.empty(0, bool))
-    whole = Tokenized(
-        np.concatenate([document.ids for document in documents] or [empty.ids]),
-        np.concatenate([document.loss for document in documents] or [empty.loss]),
-        np.array([len(document.ids) for document in documents], dtype=np.int64),
-    )
-    tally.documents += len(documents)
-    tally.tokens += len(whole.ids)
-    tally.learned += int(whole.loss.sum())
-    return whole
+    names = [token for token in tokenizer.control if token.strip()]
+    for (_, sample, _), document in zip(waiting, batch.documents(), strict=True):
+        if isinstance(sample, Conversation) and len(document.ids) <= encoding.max_length and document.loss[1:].any():
+            asked = _as_asked(sample, encoding)
+            entry = {"messages": asked.as_dicts(), "tools": list(asked.tools)}
+            text = json.dumps(entry, ensure_ascii=False)
+            if not any(token in text for token in names):
+                shard.samples.append({**entry, "ids": document.ids.tolist()})
+    del shard.samples[KEPT_SAMPLES:]

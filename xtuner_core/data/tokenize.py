@@ -7,7 +7,7 @@ So the ids equal the model's own chat template, and no content can forge a turn.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -49,6 +49,20 @@ class Tokenized:
     ids: np.ndarray
     loss: np.ndarray
     lengths: np.ndarray
+
+    @classmethod
+    def of(cls, documents: Sequence[Document]) -> Tokenized:
+        """The documents end to end."""
+        return cls(
+            np.concatenate([np.empty(0, np.uint32), *(document.ids for document in documents)]),
+            np.concatenate([np.empty(0, bool), *(document.loss for document in documents)]),
+            np.array([len(document.ids) for document in documents], dtype=np.int64),
+        )
+
+    def documents(self) -> Iterator[Document]:
+        """One after the other, as views."""
+        for end, length in zip(np.cumsum(self.lengths).tolist(), self.lengths.tolist(), strict=True):
+            yield Document(self.ids[end - length : end], self.loss[end - length : end])
 
 
 Encoder = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
@@ -98,11 +112,7 @@ def _eos(model_dir: Path, control: dict[str, int]) -> str | None:
 
 def encode(tokenizer: ChatTokenizer, rendered: Sequence[Sequence[Piece]]) -> list[Document]:
     """`encode_batch`, one document at a time."""
-    batch = encode_batch(tokenizer, rendered)
-    ends = np.cumsum(batch.lengths)
-    return [
-        Document(batch.ids[end - length : end], batch.loss[end - length : end]) for end, length in zip(ends, batch.lengths, strict=True)
-    ]
+    return list(encode_batch(tokenizer, rendered).documents())
 
 
 def encode_batch(tokenizer: ChatTokenizer, rendered: Sequence[Sequence[Piece]]) -> Tokenized:
