@@ -23,10 +23,13 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     Raises:
         DataError: more lines rejected than `data.max_rejected` allows, or nothing is left to train on.
     """
+    import numpy as np
+
     from xtuner_core.data.dataset import write_description, write_documents, write_packs
-    from xtuner_core.data.pack import best_fit, efficiency
+    from xtuner_core.data.pack import efficiency
+    from xtuner_core.data.packing import best_fit
     from xtuner_core.data.render import choose_template
-    from xtuner_core.data.tokenize import load_tokenizer
+    from xtuner_core.data.tokenize import Tokenized, load_tokenizer
 
     model_dir = work.inputs["base"] / "model"
     template = choose_template(model_dir, recipe.model.template)
@@ -37,10 +40,11 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     _require_enough(recipe, work, read)
 
     for index, part in enumerate(read):
-        write_documents(work.payload / "documents" / f"{index:05d}", [document for _, document in part.accepted])
+        batches = (Tokenized(one.ids, one.loss, np.array([len(one.ids)])) for _, one in part.accepted)
+        write_documents(work.payload / "documents" / f"{index:05d}", batches)
     documents = [document for part in read for _, document in part.accepted]
     lengths = [len(document.ids) for document in documents]
-    packs = best_fit(lengths, recipe.data.pack_length)
+    packs = best_fit.pack(np.array(lengths, int), recipe.data.pack_length, recipe.seed)
     write_packs(work.payload / "packs", packs)
     metrics: Metrics = {
         "lines": sum(part.lines for part in read),
@@ -50,7 +54,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
         "tokens": sum(lengths),
         "learned_tokens": int(sum(document.loss.sum() for document in documents)),
         "packs": len(packs),
-        "pack_efficiency": round(efficiency(lengths, packs, recipe.data.pack_length), 6),
+        "pack_efficiency": round(efficiency(packs, recipe.data.pack_length), 6),
         "template": template,
     }
     write_description(work.payload, {**metrics, "pack_length": recipe.data.pack_length, "vocab_size": tokenizer.vocab_size})
@@ -197,4 +201,4 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {"data": recipe.data.model_dump(mode="json", exclude={"train"}), "template": recipe.model.template}
 
 
-STAGE = Stage(name="prepare", version=1, run=run, settings=_settings, files=files_of, libraries=("tokenizers", "numpy"))
+STAGE = Stage(name="prepare", version=2, run=run, settings=_settings, files=files_of, libraries=("tokenizers", "numpy"))

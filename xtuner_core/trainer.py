@@ -12,7 +12,8 @@ from xtuner_core.adapters.lora import add_lora
 from xtuner_core.checkpoint import state, store
 from xtuner_core.config import SftConfig
 from xtuner_core.data.dataset import PackedDataset
-from xtuner_core.data.loader import Batch, load_step, steps_of
+from xtuner_core.data.loader import Batch, load_step
+from xtuner_core.data.order import steps_of
 from xtuner_core.errors import DataError, Interrupted, RecipeError
 from xtuner_core.guards import require_finite
 from xtuner_core.loss import require_plain_head

@@ -1,15 +1,16 @@
-"""Which packs a step trains on: a pure function of (seed, step, rank), so a resumed run needs no loader state."""
+"""From packs on disk to the tensors of a step."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import numpy as np
 import torch
 
-from xtuner_core.data.dataset import PackedDataset
-from xtuner_core.data.tokenize import Document
+from xtuner_core.data.dataset import PackedDataset, Piece
+from xtuner_core.data.order import packs_of_step
 
 IGNORE = -100
 
@@ -50,74 +51,54 @@ class Batch:
 
 def make_batch(dataset: PackedDataset, pack: int) -> Batch:
     """Read a pack, and lay its documents end to end behind their common beginning."""
-    numbers = dataset.members(pack)
-    documents = [dataset.document(number) for number in numbers]
-    lengths = [needed(document) for document in documents]
-    shared = shared_beginning(documents)
+    pieces = dataset.pieces(pack)
+    lengths = [needed(piece) for piece in pieces]
+    shared = shared_beginning(pieces)
+    bounds = list(accumulate((length - shared for length in lengths), initial=shared))
+    labels = np.full(bounds[-1], IGNORE, np.int64)
+    for piece, bound in zip(pieces, bounds, strict=False):
+        target = bound - shared - 1  # what position t should say is token t + 1
+        for first, end in piece.spans:
+            first = first or 1  # nothing comes before token 0
+            labels[target + first : target + end] = piece.ids[first:end]
+    places = np.arange(max(lengths))
     return Batch(
-        input_ids=_behind(shared, [document.ids[:length] for document, length in zip(documents, lengths, strict=True)]),
-        labels=_behind(shared, [_shifted_labels(document)[:length] for document, length in zip(documents, lengths, strict=True)]),
-        position_ids=_behind(shared, [np.arange(length) for length in lengths]),
-        boundaries=torch.from_numpy(np.cumsum([shared, *(length - shared for length in lengths)], dtype=np.int32)),
+        input_ids=_behind(shared, [piece.ids[:length] for piece, length in zip(pieces, lengths, strict=True)]),
+        labels=torch.from_numpy(labels).unsqueeze(0),
+        position_ids=_behind(shared, [places[:length] for length in lengths]),
+        boundaries=torch.from_numpy(np.array(bounds, np.int32)),
         longest=max(lengths),
-        documents=tuple(numbers),
+        documents=tuple(piece.number for piece in pieces),
         shared=shared,
-        text_tokens=sum(len(document.ids) for document in documents),
+        text_tokens=sum(len(piece.ids) for piece in pieces),
     )
 
 
-def needed(document: Document) -> int:
+def needed(piece: Piece) -> int:
     """How many of its tokens the loss depends on: all before the last learned one."""
-    learned = np.flatnonzero(document.loss)
-    return max(1, int(learned[-1])) if len(learned) else len(document.ids)
+    return max(1, piece.spans[-1][1] - 1) if piece.spans else len(piece.ids)
 
 
-def shared_beginning(documents: Sequence[Document]) -> int:
+def shared_beginning(pieces: Sequence[Piece]) -> int:
     """How many tokens all documents begin with, before anything is learned; each document keeps a token of its own."""
-    if len(documents) < 2:
+    if len(pieces) < 2:
         return 0
-    unlearned = [int(document.loss.argmax()) if document.loss.any() else len(document.ids) for document in documents]
+    unlearned = min(piece.spans[0][0] if piece.spans else len(piece.ids) for piece in pieces)
     # The last shared position predicts each document's first own token, so that token must not be learned either.
-    length = max(0, min(unlearned) - 1)
-    first = documents[0].ids
-    for document in documents[1:]:
-        different = np.flatnonzero(document.ids[:length] != first[:length])
-        length = int(different[0]) if len(different) else length
-    return length
+    length = max(0, unlearned - 1)
+    beginnings = [piece.ids[:length].tobytes() for piece in pieces]
+    # What the smallest and the largest of some strings have in common at the beginning, all have.
+    least, greatest = (np.frombuffer(beginning, np.uint32) for beginning in (min(beginnings), max(beginnings)))
+    different = np.flatnonzero(least != greatest)
+    return int(different[0]) if len(different) else length
 
 
 def _behind(shared: int, values: Sequence[np.ndarray]) -> torch.Tensor:
-    return _row(np.concatenate([values[0][:shared], *(value[shared:] for value in values)]))
-
-
-def _shifted_labels(document: Document) -> np.ndarray:
-    labels = np.full(len(document.ids), IGNORE, dtype=np.int64)
-    labels[:-1] = np.where(document.loss[1:], document.ids[1:].astype(np.int64), IGNORE)
-    return labels
-
-
-def _row(values: np.ndarray) -> torch.Tensor:
-    return torch.from_numpy(values.astype(np.int64)).unsqueeze(0)
-
-
-def steps_of(packs: int, epochs: int, global_batch_size: int) -> int:
-    """Optimizer steps of so many epochs; the last one is filled from the beginning of one epoch more."""
-    return -(-packs * epochs // global_batch_size)
-
-
-def packs_of_step(packs: int, step: int, global_batch_size: int, seed: int) -> list[int]:
-    """Packs that step `step` (from 0) trains on, over all ranks: the stream of epochs, each in its own shuffled order."""
-    positions = range(step * global_batch_size, (step + 1) * global_batch_size)
-    orders: dict[int, np.ndarray] = {}
-    chosen = []
-    for position in positions:
-        epoch, place = divmod(position, packs)
-        order = orders.setdefault(epoch, np.random.default_rng([seed, epoch]).permutation(packs))
-        chosen.append(int(order[place]))
-    return chosen
+    row = np.concatenate([values[0][:shared], *(value[shared:] for value in values)], dtype=np.int64)
+    return torch.from_numpy(row).unsqueeze(0)
 
 
 def load_step(dataset: PackedDataset, step: int, global_batch_size: int, seed: int, rank: int, world: int) -> list[Batch]:
     """This rank's batches of a step, `global_batch_size / world` of them."""
-    packs = packs_of_step(len(dataset), step, global_batch_size, seed)
+    packs = packs_of_step(dataset, step, global_batch_size, seed)
     return [make_batch(dataset, pack) for pack in packs[rank::world]]

@@ -1,42 +1,84 @@
-"""Best-fit-decreasing packing: no document is cut, packs are as full as can be."""
+"""What packing makes: packs of document slices, how full they are and how evenly they cost."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
 
 
-def best_fit(lengths: Sequence[int], capacity: int) -> list[list[int]]:
-    """Document indices of each pack, so that the lengths in a pack sum to at most `capacity` tokens.
+@dataclass(frozen=True, slots=True)
+class Packs:
+    """Which tokens of which documents each pack holds.
 
-    Best-fit-decreasing (Johnson 1974; for language models: Ding et al., "Fewer Truncations", arXiv:2404.10830): longest first, each
-    into the pack with the least room that still takes it. `rooms` has bit r set when some pack has exactly r tokens of room, so the
-    search is one shift. Deterministic: ties go to the lower index.
-
-    Raises:
-        ValueError: a document is longer than the capacity.
+    slices: int64 `[slices, 3]`: document number, first token, end token; pack after pack.
+    offsets: int64 `[packs + 1]`: pack p is `slices[offsets[p] : offsets[p + 1]]`.
     """
-    packs: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    rooms = 0
-    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
-        length = lengths[index]
-        if length > capacity:
-            raise ValueError(f"document {index} has {length} tokens, a pack holds {capacity}")
-        fitting = rooms >> length
-        if fitting:
-            room = length + (fitting & -fitting).bit_length() - 1
-            pack = by_room[room].pop()
-            if not by_room[room]:
-                rooms &= ~(1 << room)
-            packs[pack].append(index)
-        else:
-            room, pack = capacity, len(packs)
-            packs.append([index])
-        by_room[room - length].append(pack)
-        rooms |= 1 << (room - length)
-    return packs
+
+    slices: np.ndarray
+    offsets: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
 
 
-def efficiency(lengths: Sequence[int], packs: Sequence[Sequence[int]], capacity: int) -> float:
+def whole_documents(documents: np.ndarray, lengths: np.ndarray, sizes: np.ndarray) -> Packs:
+    """Packs of uncut documents: their numbers pack after pack, the lengths of all documents, and the documents of each pack."""
+    slices = np.zeros((len(documents), 3), np.int64)
+    slices[:, 0] = documents
+    slices[:, 2] = lengths[documents]
+    return Packs(slices, offsets(sizes))
+
+
+def offsets(sizes: np.ndarray) -> np.ndarray:
+    """Where each of some neighbouring runs starts, and the end: int64 `[runs + 1]`."""
+    result = np.zeros(len(sizes) + 1, np.int64)
+    np.cumsum(sizes, out=result[1:])
+    return result
+
+
+def require_fitting(lengths: np.ndarray, capacity: int) -> None:
+    """ValueError names the first document that is longer than a pack."""
+    if len(lengths) and lengths.max() > capacity:
+        index = int(np.argmax(lengths > capacity))
+        raise ValueError(f"document {index} has {lengths[index]} tokens, a pack holds {capacity}")
+
+
+def tokens(packs: Packs) -> np.ndarray:
+    """Tokens of each pack, int64 `[packs]`."""
+    return _sums(packs.slices[:, 2] - packs.slices[:, 1], packs.offsets)
+
+
+def costs(packs: Packs) -> np.ndarray:
+    """Σ length² over the documents of each pack, int64 `[packs]`: what attention inside documents costs."""
+    return _sums((packs.slices[:, 2] - packs.slices[:, 1]) ** 2, packs.offsets)
+
+
+def _sums(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    return np.diff(np.concatenate([[0], np.cumsum(values)])[offsets])
+
+
+def efficiency(packs: Packs, capacity: int) -> float:
     """Share of the pack slots that hold tokens."""
-    return sum(lengths) / (len(packs) * capacity) if packs else 0.0
+    return float(tokens(packs).sum()) / (len(packs) * capacity) if len(packs) else 0.0
+
+
+def imbalance(costs: np.ndarray, together: int) -> float:
+    """How much longer the slowest of `together` packs takes than their mean, averaged over the groups; 0 is perfect balance.
+
+    `costs` in training order; of packs that are trained on at the same time, one a process, all wait for the costliest.
+    """
+    groups = costs[: len(costs) // together * together].reshape(-1, together)
+    return float(np.mean(groups.max(axis=1) / groups.mean(axis=1)) - 1) if groups.size else 0.0
+
+
+def report(packs: Packs, capacity: int) -> dict[str, float | int]:
+    """Facts about packs for people: counts, how full, and Σ length² a pack (mean and largest)."""
+    squares = costs(packs)
+    return {
+        "packs": len(packs),
+        "packed_tokens": int(tokens(packs).sum()),
+        "pack_efficiency": round(efficiency(packs, capacity), 6),
+        "pack_cost_mean": round(float(squares.mean()), 1) if len(squares) else 0.0,
+        "pack_cost_max": int(squares.max(initial=0)),
+    }
