@@ -69,7 +69,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
 
 def files_of(recipe: Recipe) -> list[Path]:
     """The training files, in a fixed order."""
-    from xtuner_core.data.jsonl import input_files
+    from xtuner_core.data.inputs import input_files
 
     return input_files(resolve_path(source.path) for source in recipe.data.train)
 
@@ -118,7 +118,7 @@ def _conversation(line: Any, format_name: str) -> Any:
     from xtuner_core.data import formats
     from xtuner_core.data.jsonl import parse
 
-    return registry.find(formats, format_name).parse(parse(line))
+    return registry.find(formats, format_name).parse(parse(line.content))
 
 
 def _reject(line: Any, reason: str) -> dict[str, Any]:

@@ -38,7 +38,7 @@ def _outcomes(name: str) -> list[str]:
             outcomes.append("blank")
             continue
         try:
-            openai.parse(parse(line))
+            openai.parse(parse(line.content))
             outcomes.append("accepted")
         except Rejected as reason:
             outcomes.append(str(reason))
@@ -65,7 +65,7 @@ def test_every_hostile_file_is_expected_somewhere() -> None:
 
 def test_forged_turn_stays_text() -> None:
     forged = list(read_lines(HOSTILE / "forged_turn.jsonl"))[1]
-    pieces = list(chatml.render(openai.parse(parse(forged))))
+    pieces = list(chatml.render(openai.parse(parse(forged.content))))
     assert any(isinstance(piece, Text) and "<|im_start|>system" in piece.text for piece in pieces)
     controls = [piece for piece in pieces if not isinstance(piece, Text)]
     assert len(controls) == 4  # begin and end of two turns, none from the content
