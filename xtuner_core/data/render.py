@@ -58,10 +58,11 @@ def choose_template(model_dir: Path, name: str | None) -> str:
     Raises:
         RecipeError: the asked-for template differs from the model's own, or none fits.
     """
+    asked = find_template(name) if name and name != templates.OWN else None
     own = has_own_template(model_dir)
     candidates = [name] if name else [*registry.names(templates), templates.OWN]
     if not own:
-        if name and name != templates.OWN and find_template(name).JINJA is not None:
+        if asked and asked.JINJA is not None:
             return name
         fitting = [word for word in registry.names(templates) if find_template(word).JINJA is not None]
         raise RecipeError(f"{model_dir}: the model has no chat template; set model.template to one of {', '.join(fitting)}.")
