@@ -34,8 +34,8 @@ from xtuner_core.data.pieces import Control, Text
 
 JINJA, STOP = "unused", "<|im_end|>"
 
-def render(messages):
-    for message in messages:
+def render(conversation):
+    for message in conversation.messages:
         yield Text(message.content, loss=message.loss)
         yield Control(STOP, loss=message.loss)
 """

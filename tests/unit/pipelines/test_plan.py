@@ -71,7 +71,9 @@ def test_a_changed_file_is_named_by_its_digest(prepared_store: Store, tmp_path: 
     before, after = artifact(prepared_store, "prepare").manifest["ingredients"]["files"][0], prepared_store.file_digest(data)
     assert planned(prepared_store, f"data.train={data}")["prepare"].why == f"files[0]: {before[:12]} → {after[:12]}"
     shipped = Path(__file__).parents[3] / "data/openai_chats/heldout.jsonl"
-    assert planned(prepared_store, f"data.train={shipped},{data}")["prepare"].why == f"files[1]: None → {after[:12]}"
+    assert planned(prepared_store, f"data.train={shipped},{data}")["prepare"].why == (
+        f"files[1]: None → {after[:12]}; settings.inputs[1]: None → train .jsonl as auto × 1.0"
+    )
 
 
 def test_of_many_changes_the_first_three_are_named(prepared_store: Store) -> None:

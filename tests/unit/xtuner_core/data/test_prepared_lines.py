@@ -91,7 +91,8 @@ def test_a_conversation_that_is_too_long_is_rejected_with_its_length(tmp_path: P
     metrics, work = prepared(prepare_place, file, limit, "data.max_rejected=0.4")
     assert metrics["accepted"] == 2
     [row] = rejected(work)
-    assert (row["line"], row["reason"]) == (3, f"{overhead + 65} tokens, data.max_length is {overhead + 64}")
+    assert row["line"] == 3
+    assert row["reason"].startswith(f"{overhead + 65} tokens, data.max_length is {overhead + 64}")
 
 
 def test_several_files_keep_their_own_count(prepare_place: Place) -> None:
