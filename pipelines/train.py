@@ -44,8 +44,10 @@ def run(recipe: Recipe, work: Work) -> Metrics:
         raise _failure(outcome, status, log_file)
     remove(work.payload / "checkpoint")  # an attempt may have been killed just before it was published
     os.rename(work.scratch / "final", work.payload / "checkpoint")
-    shutil.copyfile(work.scratch / "metrics.jsonl", work.record / "metrics.jsonl")
-    return _summary(work.record)
+    for name in ("metrics.jsonl", "validation.jsonl"):  # there is a validation loss only if the data has a validation split
+        if (work.scratch / name).exists():
+            shutil.copyfile(work.scratch / name, work.record / name)
+    return {**_summary(work.record), **_validation(work.record)}
 
 
 def _relay(line: str, work: Work) -> None:
@@ -71,6 +73,13 @@ def _summary(record: Path) -> Metrics:
     tokens = sum(by_step[step]["text_tokens"] for step in steps)
     seconds = sum(by_step[step]["time"] + by_step[step]["data_time"] for step in steps)
     return {"steps": len(steps), "first_loss": losses[0], "last_loss": losses[-1], "tokens": tokens, "tokens_per_second": tokens / seconds}
+
+
+def _validation(record: Path) -> Metrics:
+    file = record / "validation.jsonl"
+    if not file.exists():
+        return {}
+    return {"validation_loss": json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["validation_loss"]}
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -114,6 +114,9 @@ class TrainConfig(Config):
     loss_chunk: int = Field(default=1024, ge=1, description="Tokens whose logits exist at one time.")
     processes: int = Field(default=1, ge=1, description="Training processes (one a GPU; on CPU they share the cores).")
     launcher: str = Field(default="local", description="How processes are started, a module of pipelines/launchers.")
+    validation_interval: int | None = Field(
+        default=None, ge=1, description="Steps between measurements of the validation loss (none: when an epoch ends); always at the end."
+    )
     checkpoint_interval: int | None = Field(
         default=None, ge=1, description="Steps between checkpoints to resume from (none: only when a signal comes)."
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -13,6 +14,8 @@ from pathlib import Path
 import torch
 
 GIB = 2**30
+MOST_LOSS = 700.0
+"""exp of more is no float."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +46,29 @@ class StepMetrics:
             f"max_memory: {self.max_memory:.2f} GB reserved_memory: {self.reserved_memory:.2f} GB grad_norm: {self.grad_norm:.3f} "
             f"tgs: {self.tgs:.1f} e2e_tgs: {self.e2e_tgs:.1f}"
         )
+
+
+@dataclass(frozen=True, slots=True)
+class ValidationMetrics:
+    """The mean loss per learned token of the validation split after a step; `time` in seconds."""
+
+    step: int
+    validation_loss: float
+    learned_tokens: int
+    time: float
+
+    @property
+    def perplexity(self) -> float:
+        """exp of the loss: how many equally likely tokens the model hesitates between."""
+        return math.exp(min(self.validation_loss, MOST_LOSS))
+
+    def line(self) -> str:
+        """The log line, in the style of a step's."""
+        return f"Validation step {self.step} loss: {self.validation_loss:.3f} perplexity: {self.perplexity:.3f}"
+
+    def as_row(self) -> dict[str, float]:
+        """One row of `validation.jsonl`."""
+        return {**asdict(self), "perplexity": self.perplexity}
 
 
 def memory(device: torch.device) -> tuple[float, float]:

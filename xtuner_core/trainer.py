@@ -24,6 +24,7 @@ from xtuner_core.optim.schedule import learning_rate
 from xtuner_core.parallel.mesh import World, any_rank, sum_over_ranks
 from xtuner_core.parallel.shard import shard
 from xtuner_core.signals import StopRequest
+from xtuner_core.validation import due, validate
 
 KEEP_CHECKPOINTS = 2
 FINAL = "final"
@@ -41,17 +42,20 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
         raise RecipeError(f"train.global_batch_size ({config.train.global_batch_size}) must be a multiple of the {world.size} processes.")
     dataset = PackedDataset(config.data_dir)
     if len(dataset) == 0:
-        raise DataError(f"{config.data_dir}: no packs to train on.")
+        raise DataError(f"{config.data_dir}: no packs to train on; preference pairs and prompts are only kept for later use.")
     model, optimizer = build(config, world)
     total = config.train.total_step or steps_of(len(dataset), config.train.epochs or 1, config.train.global_batch_size)
     first = resume(config, model, optimizer, world)
     log = MetricsLog(config.work_dir / "metrics.jsonl", world.rank)
     run_started, run_tokens = clock(), 0
-    for step in range(first, total):
-        if any_rank(stop.asked, world):
+    for step in range(first, total + 1):
+        measured = not due(step, total, len(dataset), config.train) or validate(model, step, config, world, stop)
+        if not measured or (step < total and any_rank(stop.asked, world)):
             if step > first:  # otherwise there is nothing new to save
                 save_checkpoint(config, model, optimizer, world, step)
             raise Interrupted(f"stopped after step {step} of {total}; the same command continues from there.")
+        if step == total:
+            break
         started = clock()
         batches = load_step(dataset, step, config.train.global_batch_size, config.seed, world.rank, world.size)
         loaded = clock()

@@ -32,6 +32,7 @@ from xtuner_core.data.pack import Packs
 from xtuner_core.data.tokenize import Document, Tokenized
 from xtuner_core.durable import write_json
 
+TRAINING, VALIDATION = "packs", "validation"
 COPY_BYTES = 1 << 20
 
 
@@ -171,7 +172,7 @@ class PackedDataset:
     """Packs of one split; the documents in a pack have at most `pack_length` tokens together."""
 
     folder: Path
-    split: str = "packs"
+    split: str = TRAINING
 
     @cached_property
     def description(self) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from xtuner_core.metrics import MetricsLog, StepMetrics, memory
+from xtuner_core.metrics import MetricsLog, StepMetrics, ValidationMetrics, memory
 
 SEEDS_LINE = (
     "Step 12/100 data_time: 0.0051 lr: 0.000008 time: 0.0509 text_tokens: 4010.0 total_loss: 9.007, reduced_llm_loss: 9.007 "
@@ -31,6 +31,13 @@ def test_rank_0_prints_and_appends_json(tmp_path: Path, capsys: pytest.CaptureFi
     assert re.fullmatch(r"\[XTuner\]\[RANK 0\]\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\]\[INFO\] " + re.escape(SEEDS_LINE), lines[0])
     rows = [json.loads(row) for row in file.read_text().splitlines()]
     assert [(row["step"], row["total_loss"], row["eta"], row["pack_efficiency"]) for row in rows] == [(12, 9.00689, 99.0, 0.979)] * 2
+
+
+def test_the_validation_line() -> None:
+    metrics = ValidationMetrics(step=7, validation_loss=2.0, learned_tokens=30, time=0.5)
+    assert metrics.line() == "Validation step 7 loss: 2.000 perplexity: 7.389"
+    assert metrics.as_row() == {"step": 7, "validation_loss": 2.0, "learned_tokens": 30, "time": 0.5, "perplexity": pytest.approx(7.389056)}
+    assert ValidationMetrics(7, 1e9, 30, 0.5).perplexity < float("inf")
 
 
 def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,78 @@
+"""The loss on documents that are never trained on, measured without a trace in the training that goes on."""
+
+from __future__ import annotations
+
+import json
+
+import torch
+from transformers import PreTrainedModel
+
+from xtuner_core.config import SftConfig, TrainConfig
+from xtuner_core.data.dataset import VALIDATION, PackedDataset
+from xtuner_core.data.loader import make_batch
+from xtuner_core.durable import write_bytes
+from xtuner_core.errors import DataError
+from xtuner_core.metrics import ValidationMetrics, clock, say
+from xtuner_core.parallel.mesh import World, any_rank, sum_over_ranks
+from xtuner_core.signals import StopRequest
+
+ROWS = "validation.jsonl"
+
+
+def due(step: int, total: int, packs: int, config: TrainConfig) -> bool:
+    """Whether the loss is measured after `step` steps: at every interval or, without one, as an epoch ends; and at the very end."""
+    seen, before = (done * config.global_batch_size for done in (step, step - 1))
+    often = step % config.validation_interval == 0 if config.validation_interval else seen // packs > before // packs
+    return step > 0 and (often or step == total)
+
+
+def validate(model: PreTrainedModel, step: int, config: SftConfig, world: World, stop: StopRequest) -> bool:
+    """Print the mean loss per learned token over the validation split and put it into `work_dir/validation.jsonl`, once for a step.
+
+    Weights, random streams and the model's mode are afterwards what they were. Nothing happens if the data has no such split.
+    False if a signal came meanwhile: nothing is written, and the run that resumes from this step measures it.
+
+    Raises:
+        DataError: the loss is not finite.
+    """
+    file = config.work_dir / ROWS
+    if not (config.data_dir / VALIDATION).is_dir():
+        return True
+    rows = [json.loads(row) for row in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    if any_rank(step in [row["step"] for row in rows], world):  # before the run was resumed
+        return True
+    started = clock()
+    measured = mean_loss(model, PackedDataset(config.data_dir, VALIDATION), config.train.loss_chunk, world, stop)
+    if measured is None:
+        return False
+    metrics = ValidationMetrics(step, *measured, time=clock() - started)
+    say(world.rank, metrics.line())
+    if world.rank == 0:
+        write_bytes(file, "".join(json.dumps(row) + "\n" for row in [*rows, metrics.as_row()]).encode())
+    return True
+
+
+@torch.no_grad()
+def mean_loss(model: PreTrainedModel, dataset: PackedDataset, chunk: int, world: World, stop: StopRequest) -> tuple[float, int] | None:
+    """Cross-entropy per learned token over all packs, and the number of learned tokens; None if a signal came.
+
+    A forward pass is a collective operation, so a rank that has no pack left repeats one, and its loss does not count.
+    """
+    total = learned = 0.0
+    model.eval()
+    try:
+        for first in range(0, len(dataset), world.size):
+            if any_rank(stop.asked, world):
+                return None
+            index = first + world.rank
+            batch = make_batch(dataset, min(index, len(dataset) - 1))
+            loss = model.packed_loss(batch.to(world.device), chunk)  # pyright: ignore[reportCallIssue]
+            if index < len(dataset):
+                total, learned = total + float(loss), learned + batch.learned
+    finally:
+        model.train()
+        model.reshard()  # pyright: ignore[reportCallIssue]  # FSDP frees the gathered weights in the backward pass, which never comes
+    total, learned = (sum_over_ranks(value, world) for value in (total, learned))
+    if not torch.tensor(total).isfinite():
+        raise DataError("the validation loss is not finite; the weights have diverged: lower train.lr or train.max_grad_norm.")
+    return total / max(1.0, learned), int(learned)
