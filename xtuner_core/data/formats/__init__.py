@@ -1,1 +1,4 @@
-"""Input formats: one module each with `parse(value) -> Conversation`; a module is found by its name."""
+"""Input formats: one module each, found by its name.
+
+`parse(value) -> Sample` of a row's value, or Rejected with the reason; `recognises(value) -> str | None`, what shows that it is this one.
+"""
