@@ -18,8 +18,10 @@ from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed, Failed
 
 from flows.caching import failed
+from flows.cluster import fill_cache, require_runner
 from flows.reporting import page, summarize, table
 from flows.tasks import TASKS
+from pipelines import prepare
 from pipelines.artifacts import Artifact, Result, Store
 from pipelines.pipeline import PIPELINE, check
 from pipelines.recipe import Recipe, load_recipe
@@ -37,11 +39,14 @@ def finetune_flow(recipe: Recipe, store: Path = Path("artifacts")) -> State[Any]
     """
     try:
         check(recipe)
+        require_runner(recipe)
     except UserError as error:
         return failed(error)
     results: dict[str, Result] = {}
     made: dict[str, Artifact] = {}
     for node in PIPELINE:
+        if node.stage is prepare.STAGE and (filled := fill_cache(recipe, Store(store), made["base"])) and not filled.is_completed():
+            return filled
         state = TASKS[node.name](recipe, Store(store), made, return_state=True)
         outcome = state.result(raise_on_failure=False)
         if not isinstance(outcome, Result):
