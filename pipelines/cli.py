@@ -162,12 +162,30 @@ def preview(
     recipe: RecipeName,
     *,
     count: Annotated[int, Parameter(name=["--count", "-n"])] = 3,
+    seed: int = 0,
+    line: str | None = None,
+    validation: Annotated[bool, Parameter(negative=())] = False,
+    tokens: Annotated[bool, Parameter(negative=())] = False,
     overrides: Overrides = None,
     store: StoreDir = DEFAULT_STORE,
 ) -> None:
-    """Print samples as they are trained on; what the model learns to write stands between ⟦ and ⟧."""
-    from pipelines import prepare as stage
+    """Print samples as they are trained on: in colours, or with what the model learns to write between ⟦ and ⟧.
+
+    Parameters
+    ----------
+    count
+        How many samples.
+    seed
+        Decides which.
+    line
+        FILE:LINE; show what became of this line of an input file instead.
+    validation
+        Choose among the samples that are kept back for the validation loss.
+    tokens
+        Show where each token begins.
+    """
     from pipelines.artifacts import Store
+    from pipelines.preview import choose, documents_of, open_prepared, show
     from pipelines.recipe import load_recipe
     from pipelines.runner import run_until
 
@@ -175,9 +193,8 @@ def preview(
         run_until(name, load_recipe(recipe, overrides or []), Store(store), lambda message: print(message, file=sys.stderr)).artifact
         for name in ("prepare", "base")
     )
-    mark = ("\x1b[32m", "\x1b[0m") if sys.stdout.isatty() else ("⟦", "⟧")
-    for sample in stage.preview(base.payload / "model", prepared.payload, count, mark):
-        print(sample + "\n")
+    data = open_prepared(prepared.payload, prepared.record, base.payload / "model")
+    show(data, documents_of(data, line) if line else choose(data, count, seed, validation), tokens)
 
 
 @app.command

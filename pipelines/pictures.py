@@ -1,17 +1,9 @@
-"""The two pictures of a run: how long the samples are, and how the loss fell."""
+"""The picture of a run: how the loss fell."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-
-
-def length_histogram(lengths: Sequence[int], path: Path) -> None:
-    """Tokens per document as a PNG."""
-    figure, axes = _figure()
-    axes.hist(lengths, bins=min(60, max(5, len(set(lengths)))), color="#3b6ea5")
-    axes.set(xlabel="tokens in a document", ylabel="documents", title=f"{len(lengths)} documents, {sum(lengths)} tokens")
-    figure.savefig(path, dpi=120)
 
 
 def loss_curve(steps: Sequence[int], losses: Sequence[float], path: Path) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import islice
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import shards
+from pipelines.data_report import write_report
 from pipelines.recipe import Recipe, resolve_path
 from pipelines.splits import Portion, split
 from pipelines.stage import Log, Metrics, Stage, Work
@@ -242,48 +242,6 @@ def _told(metrics: Metrics) -> str:
         f"{read}: {metrics['tokens']} tokens ({metrics['learned_tokens']} learned) in {metrics['packs']} packs, "
         f"{metrics['pack_efficiency']:.1%} full; template {metrics['template']}{held}{kept}"
     )
-
-
-def write_report(payload: Path, record: Path, model_dir: Path, files: Sequence[Path], recipe: Recipe, metrics: Metrics) -> None:
-    """Until pipelines/data_report.py takes over: the counts, a histogram of lengths, three samples."""
-    import numpy as np
-
-    from pipelines.pictures import length_histogram
-    from xtuner_core.data.dataset import PackedDataset
-    from xtuner_core.durable import write_json
-
-    rejected = [json.loads(line) for line in (record / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
-    write_json(
-        record / "report.json",
-        {**metrics, "files": metrics["sources"], "rejected_lines": rejected, "pack_length": recipe.data.pack_length},
-    )
-    lengths = [int(length) for shard in PackedDataset(payload).shards for length in np.diff(shard.offsets)]
-    length_histogram(lengths, record / "lengths.png")
-    (record / "preview.txt").write_text("\n\n".join(preview(model_dir, payload, 3)) + "\n", encoding="utf-8")
-
-
-def preview(model_dir: Path, data_dir: Path, count: int, mark: tuple[str, str] = ("⟦", "⟧")) -> Iterator[str]:
-    """`count` documents as text as they are trained on; what the model learns to write stands between the marks."""
-    from tokenizers import Tokenizer
-
-    from xtuner_core.data.dataset import PackedDataset
-
-    dataset = PackedDataset(data_dir)
-    tokenizer = Tokenizer.from_file(str(model_dir / "tokenizer.json"))
-    total = sum(len(shard) for shard in dataset.shards)
-    for number in sorted(random.Random(0).sample(range(total), min(count, total))):
-        document = dataset.document(number)
-        yield f"document {number}: {len(document.ids)} tokens, {int(document.loss.sum())} learned\n" + _marked(tokenizer, document, mark)
-
-
-def _marked(tokenizer: Any, document: Any, mark: tuple[str, str]) -> str:
-    parts, start = [], 0
-    for end in range(1, len(document.ids) + 1):
-        if end == len(document.ids) or document.loss[end] != document.loss[start]:
-            text = tokenizer.decode(document.ids[start:end].tolist(), skip_special_tokens=False)
-            parts.append(mark[0] + text + mark[1] if document.loss[start] else text)
-            start = end
-    return "".join(parts)
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def test_each_hostile_file_is_treated_as_its_readme_says(name: str, prepare_plac
         assert (row["file"], row["line"]) == (str(file), 2)
         assert row["byte_offset"] == file.read_bytes().index(b"\n") + 1
         assert row["reason"] and "Traceback" not in row["reason"]
-        assert json.loads((work.record / "report.json").read_text())["rejected_lines"] == [row]
+        [group] = json.loads((work.record / "report.json").read_text())["rejects"]
+        assert group["examples"] == [{"place": f"data/hostile/{name}.jsonl:2", "reason": row["reason"]}]
     else:
         assert metrics["rejected"] == 0 and rejected(work) == []
         assert (metrics["blank"] > 0) == (name == "blank_lines")
