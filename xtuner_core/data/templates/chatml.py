@@ -1,4 +1,4 @@
-"""ChatML, as Qwen2/2.5 and InternLM2 use it (OpenAI, 2023), without a default system prompt."""
+"""ChatML (OpenAI, 2023), without a default system prompt: each turn under the name of its role."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from xtuner_core.data.conversation import Conversation
 from xtuner_core.data.pieces import Control, Piece, Text
+from xtuner_core.data.templates._parts import either, refuse_tools
 
 JINJA = (
     "{% for message in messages %}"
@@ -14,13 +15,18 @@ JINJA = (
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 STOP = "<|im_end|>"
+START = Control("<|im_start|>")
+END = either(STOP)
+NEWLINE = Text("\n")
 
 
 def render(conversation: Conversation) -> Iterator[Piece]:
     """Each turn is `<|im_start|>role\\n content <|im_end|>\\n`; content and end token of a learned turn carry loss."""
+    refuse_tools(conversation, "ChatML")
     for message in conversation.messages:
-        yield Control("<|im_start|>")
-        yield Text(f"{message.role}\n")
-        yield Text(message.content, loss=message.loss)
-        yield Control(STOP, loss=message.loss)
-        yield Text("\n")
+        yield from turn(message.role, message.content, message.loss)
+
+
+def turn(role: str, content: str, loss: bool = False) -> tuple[Piece, ...]:
+    """One turn in ChatML."""
+    return START, Text(f"{role}\n"), Text(content, loss), END[loss], NEWLINE

@@ -1,10 +1,10 @@
-"""SmolLM2-Instruct: ChatML with a system prompt that is inserted when the conversation has none."""
+"""SmolLM2-Instruct: ChatML with a system prompt that is inserted when the conversation has none (Hugging Face, 2024)."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
-from xtuner_core.data.conversation import Conversation, Message
+from xtuner_core.data.conversation import Conversation
 from xtuner_core.data.pieces import Piece
 from xtuner_core.data.templates import chatml
 
@@ -24,5 +24,5 @@ JINJA = (
 def render(conversation: Conversation) -> Iterator[Piece]:
     """Like chatml, with the default system turn in front."""
     if conversation.messages[0].role != "system":
-        conversation = Conversation((Message("system", SYSTEM), *conversation.messages), conversation.tools)
+        yield from chatml.turn("system", SYSTEM)
     yield from chatml.render(conversation)
