@@ -57,7 +57,8 @@ def csv_rows(stream: IO[bytes], file: Path) -> Iterator[Row]:
         except StopIteration:
             return
         except csv.Error as error:
-            yield Row(number, offset, reason=f"not CSV: {error}")
+            open_quote = " (a quote is never closed: this row holds all that follows)" if "end of data" in str(error) else ""
+            yield Row(number, offset, reason=f"not CSV: {error}{open_quote}")
         except Rejected as reason:
             yield Row(number, offset, reason=str(reason))
 
@@ -129,9 +130,15 @@ def arrow_rows(source: Any, file: Path) -> Iterator[Row]:
         source.seek(0)
         with pa.ipc.open_file(source) if begins_as_file else pa.ipc.open_stream(source) as reader:
             batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if begins_as_file else reader
-            yield from _batch_rows(batch.slice(at, _BATCH_ROWS) for batch in batches for at in range(0, len(batch), _BATCH_ROWS))
+            yield from _batch_rows(_slices(batches))
     except (pa.ArrowException, OSError) as error:
         raise _unreadable(file, "Arrow", error) from None
+
+
+def _slices(batches: Iterable[pa.RecordBatch]) -> Iterator[pa.RecordBatch]:
+    for batch in batches:
+        batch.validate(full=True)  # Arrow trusts the offsets in a file; a wrong one would read memory that is not ours
+        yield from (batch.slice(at, _BATCH_ROWS) for at in range(0, len(batch), _BATCH_ROWS))
 
 
 def _unreadable(file: Path, kind: str, error: Exception) -> Exception:
