@@ -22,7 +22,7 @@ MIN_AGREEMENT = 0.99
 """Share of next-token choices that the exported precision must keep. Where the two best tokens are closer than the precision can tell
 (a tie: half the positions of a random model, a few of a trained one), either of them counts as kept."""
 PROBES = 16
-"""Training conversations that the checks run on."""
+"""Training samples that the checks run on."""
 
 
 def run(recipe: Recipe, work: Work) -> Metrics:
@@ -36,7 +36,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     from xtuner_core.checkpoint.hf import make_portable, save_model
 
     base_dir, model_dir = work.inputs["base"] / "model", work.payload / "model"
-    probes = [sample["ids"] for sample in _samples(work)[:PROBES]]
+    probes = _probes(work)
     merged, adapted = _merge(recipe, work, base_dir, probes)
     reference = _logits(merged, probes)
     checks = {"merge_error": _merge_error(adapted, reference)} if adapted else {}
@@ -192,8 +192,19 @@ def _require_same_template(work: Work, model_dir: Path) -> None:
 
 
 def _samples(work: Work) -> list[dict[str, Any]]:
-    text = (work.inputs["data"] / "samples.jsonl").read_text(encoding="utf-8")
-    return [json.loads(line) for line in text.splitlines()]
+    with open(work.inputs["data"] / "samples.jsonl", encoding="utf-8", newline="\n") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def _probes(work: Work) -> list[list[int]]:
+    """Token ids the checks run on: of the stored conversations or, where only plain text was trained on, of the first documents."""
+    from xtuner_core.data.dataset import PackedDataset
+
+    if samples := _samples(work)[:PROBES]:
+        return [sample["ids"] for sample in samples]
+    dataset = PackedDataset(work.inputs["data"])
+    count = sum(len(shard) for shard in dataset.shards)
+    return [dataset.document(number).ids.tolist() for number in range(min(PROBES, count))]
 
 
 def _base_name(recipe: Recipe) -> str:
