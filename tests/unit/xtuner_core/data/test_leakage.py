@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtuner_core.data.conversation import Conversation, Message
-from xtuner_core.data.leakage import COMMON, WORDS, Leak, Question, find_leaks
+from xtuner_core.data.leakage import WORDS, Leak, Question, find_leaks
 from xtuner_core.data.ngrams import Block
 from xtuner_core.data.render import find_template
 from xtuner_core.data.tokenize import ChatTokenizer, encode, load_tokenizer
@@ -34,14 +34,10 @@ def byte_tokenizer(tiny_model_folder: Path) -> ChatTokenizer:
 def trained_on(tokenizer: ChatTokenizer, *texts: str, answer: str = "Yes.") -> Block:
     """Conversations with these questions, as the template renders them."""
     render = find_template("chatml").render
-    said = [
-        Conversation((Message("system", "Be brief."), Message("user", text), Message("assistant", answer, loss=True))) for text in texts
-    ]
-    documents = encode(tokenizer, [list(render(one)) for one in said])
-    return Block(
-        np.concatenate([np.empty(0, np.uint32), *(document.ids for document in documents)]),
-        np.cumsum([0, *(len(d.ids) for d in documents)]),
-    )
+    asked = [(Message("system", "Be brief."), Message("user", text)) for text in texts]
+    said = [Conversation((*messages, Message("assistant", answer, loss=True))) for messages in asked]
+    ids = [document.ids for document in encode(tokenizer, [list(render(one)) for one in said])]
+    return Block(np.concatenate([np.empty(0, np.uint32), *ids]), np.cumsum([0, *map(len, ids)]))
 
 
 def words(count: int, seed: int) -> str:
@@ -86,7 +82,6 @@ def test_a_long_answer_counts_and_a_short_one_does_not(tokenizer: ChatTokenizer)
 def test_a_phrase_of_many_documents_is_no_leak_but_a_whole_question_is(byte_tokenizer: ChatTokenizer) -> None:
     phrase = words(WORDS, seed=8)
     texts = [f"{phrase} {words(4, seed=index)}" for index in range(60)]
-    assert 60 > COMMON * 60 and 60 > 10
     training = trained_on(byte_tokenizer, *texts)
     assert find_leaks([training], [Question(f"{phrase} and nothing more of it")], byte_tokenizer) == []
     assert find_leaks([training], [Question(texts[7])], byte_tokenizer) == [Leak(0, 7, True, texts[7])]
@@ -111,13 +106,10 @@ def test_very_short_questions_and_no_questions_are_not_looked_for(byte_tokenizer
 def test_leaks_are_what_a_search_in_the_text_finds(data: st.DataObject, byte_tokenizer: ChatTokenizer) -> None:
     some = st.lists(st.sampled_from(VOCABULARY[:4]), min_size=1, max_size=9).map(" ".join)
     texts, asked = data.draw(st.lists(some, min_size=1, max_size=6)), data.draw(st.lists(some, min_size=1, max_size=4))
-    found = {
-        leak.question: leak.document
-        for leak in find_leaks([trained_on(byte_tokenizer, *texts)], list(map(Question, asked)), byte_tokenizer)
-    }
+    leaks = find_leaks([trained_on(byte_tokenizer, *texts)], list(map(Question, asked)), byte_tokenizer)
     expected = {}
     for index, question in enumerate(asked):
         places = [number for number, text in enumerate(texts) if f" {question} " in f" {text} "]
         if places and len(question) >= 8:
             expected[index] = places[0]
-    assert found == expected
+    assert {leak.question: leak.document for leak in leaks} == expected
