@@ -38,6 +38,8 @@ VERSION = 1
 KEPT_SAMPLES = 64
 BATCH_ROWS = 1024
 BATCH_CHARACTERS = 4 * 2**20
+FAST_BYTES = 8 * 2**20
+"""Input from which on starting the faster tokenizer pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +94,7 @@ def tokenize_part(part: Part, model_dir: Path, encoding: Encoding, folder: Path)
         DataError: the file as a whole is unreadable.
         RecipeError: the tokenizer does not fit the template.
     """
-    tokenizer = load_tokenizer(model_dir)
+    tokenizer = load_tokenizer(model_dir, fast=_bytes(part) >= FAST_BYTES)
     shard = _Shard()
     write_documents(folder, _documents(rows(part), tokenizer, model_dir, encoding, shard))
     np.save(folder / "lines.npy", np.array(shard.lines, dtype=np.int64))
@@ -101,6 +103,10 @@ def tokenize_part(part: Part, model_dir: Path, encoding: Encoding, folder: Path)
         _write_lines(folder / f"{name}.jsonl", getattr(shard, name))
     write_json(folder / "tally.json", asdict(shard.tally))
     return shard.tally
+
+
+def _bytes(part: Part) -> int:
+    return (part.file.stat().st_size if part.end is None else part.end) - part.start
 
 
 def read_tally(folder: Path) -> Tally:

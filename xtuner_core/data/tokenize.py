@@ -7,14 +7,15 @@ So the ids equal the model's own chat template, and no content can forge a turn.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import Tokenizer
 
+from xtuner_core.data.fast_tokenizer import Encoder, fast_encoder, reference_encoder
 from xtuner_core.data.pieces import Piece, Text
 from xtuner_core.errors import RecipeError
 
@@ -65,12 +66,8 @@ class Tokenized:
             yield Document(self.ids[end - length : end], self.loss[end - length : end])
 
 
-Encoder = Callable[[Sequence[str]], tuple[np.ndarray, np.ndarray]]
-"""Texts → their token ids end to end (uint32), and the number of tokens of each (int64)."""
-
-
-def load_tokenizer(model_dir: Path) -> ChatTokenizer:
-    """Read `tokenizer.json` of a Hugging Face folder.
+def load_tokenizer(model_dir: Path, fast: bool = False) -> ChatTokenizer:
+    """Read `tokenizer.json` of a Hugging Face folder; `fast`: some seconds to start, then many times faster, where that is safe.
 
     Raises:
         RecipeError: the file is missing or not a tokenizer.
@@ -81,24 +78,35 @@ def load_tokenizer(model_dir: Path) -> ChatTokenizer:
         whole = Tokenizer.from_str(json.dumps(tree))
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
         raise RecipeError(f"{path}: not a tokenizer ({error}). The base model's folder needs a fast tokenizer (tokenizer.json).") from None
-    control = {entry["content"]: entry["id"] for entry in tree["added_tokens"]}
+    words = _words(tree)
+    control = {entry["content"]: entry["id"] for entry in tree["added_tokens"] if entry["content"] not in words}
     vocab_size = whole.get_vocab_size(with_added_tokens=True)
     special = np.zeros(max([vocab_size, *(number + 1 for number in control.values())]), dtype=bool)
     special[[entry["id"] for entry in tree["added_tokens"] if entry["special"]]] = True
-    # Without added tokens no text can become a control token; without a post-processor nothing is added, and offsets stay exact.
-    plain = Tokenizer.from_str(json.dumps({**tree, "added_tokens": [], "post_processor": None, "truncation": None, "padding": None}))
-    return ChatTokenizer(plain, reference_encoder(plain), control, special, _eos(model_dir, control), vocab_size)
+    # Without control tokens no text can become one; without a post-processor nothing is added, and offsets stay exact.
+    kept = {"model": _without_merges_to(control, tree["model"]), "added_tokens": list(words.values())}
+    text = json.dumps({**tree, **kept, "post_processor": None, "truncation": None, "padding": None})
+    plain = Tokenizer.from_str(text)
+    encoder = (fast_encoder(text, plain) if fast else None) or reference_encoder(plain)
+    return ChatTokenizer(plain, encoder, control, special, _eos(model_dir, control), vocab_size)
 
 
-def reference_encoder(plain: Tokenizer) -> Encoder:
-    """The tokenizers library itself."""
+def _words(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The added tokens that are ordinary words of the vocabulary too: Gemma's line breaks, runs of blanks and HTML tags.
 
-    def encode(texts: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-        ids = [encoding.ids for encoding in plain.encode_batch_fast(list(texts), add_special_tokens=False)]
-        lengths = np.fromiter(map(len, ids), dtype=np.int64, count=len(ids))
-        return np.fromiter(chain.from_iterable(ids), dtype=np.uint32, count=int(lengths.sum())), lengths
+    SentencePiece calls them user-defined symbols. Text may become them; what is special or stands outside the vocabulary it may not.
+    """
+    vocabulary = tree["model"]["vocab"]
+    known = vocabulary if isinstance(vocabulary, dict) else {word for word, _ in vocabulary}
+    return {entry["content"]: entry for entry in tree["added_tokens"] if not entry["special"] and entry["content"] in known}
 
-    return encode
+
+def _without_merges_to(control: dict[str, int], model: dict[str, Any]) -> dict[str, Any]:
+    """The model without the merges that spell a control token: InternLM2's vocabulary can build `<s>` out of `<s` and `>`."""
+    if "merges" not in model:
+        return model
+    merges = [pair for pair in model["merges"] if (pair.replace(" ", "") if isinstance(pair, str) else "".join(pair)) not in control]
+    return {**model, "merges": merges}
 
 
 def _eos(model_dir: Path, control: dict[str, int]) -> str | None:
