@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pytest
+
+sys.path.append(str(Path(__file__).parent))  # for the modules beside the tests
 
 IDS = list(range(40, 104))
 MESSAGES = [{"role": "user", "content": "Wo ist Paket 4711?"}]

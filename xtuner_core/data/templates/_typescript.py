@@ -81,7 +81,7 @@ def _array(spec: Mapping[str, Any]) -> str:
 
 def _variant(variant: Mapping[str, Any]) -> str:
     comment = f"// {variant['description']}" if variant.get("description") else ""
-    default = " " * 20 + f"// default: {tojson(variant['default'])}\n" if "default" in variant else ""
+    default = " " * 20 + f"// default: {tojson(variant['default'])}" if "default" in variant else ""
     return _type(variant) + comment + default
 
 
