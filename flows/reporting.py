@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -66,11 +67,25 @@ def _result(name: str, summary: Mapping[str, Any], results: Mapping[str, Result]
 def page(summary: Mapping[str, Any], results: Mapping[str, Result]) -> str:
     """The markdown artifact: table, loss curve, three answers."""
     curve = _picture(results["train"].artifact.record / "loss.png")
+    prepared = results["prepare"].artifact.record
     answers = "\n".join(_answer(answer) for answer in results["chat"].artifact.metrics["answers"])
     model = results["convert"].artifact.payload / "model"
     return (
-        f"# {summary['recipe']}\n\n{table(summary, results)}\n\n{curve}\n\n## Answers\n\n{answers}\n\nTalk to it: `xtuner chat {model}`\n"
+        f"# {summary['recipe']}\n\n{table(summary, results)}\n\n## Data\n\n{data(prepared)}\n\n{curve}\n\n"
+        f"## Answers\n\n{answers}\n\nTalk to it: `xtuner chat {model}`\n"
     )
+
+
+def data(record: Path) -> str:
+    """What the data report found, and where it lies."""
+    report = json.loads((record / "report.json").read_text(encoding="utf-8"))
+    told = [", ".join(f"{report[name]} {name}" for name in ("lines", "accepted", "rejected", "blank", "dropped"))]
+    exact, near = (report["duplicates"][kind]["documents"] for kind in ("exact", "near"))
+    told.append(f"{exact} exact and {near} near copies of earlier samples")
+    for entry in report["leakage"]:
+        name = Path(entry["file"]).name
+        told.append(entry.get("problem") or f"of {entry['questions']} questions in {name}, {entry['whole']} stand in the data as a whole")
+    return "\n".join(f"- {line}" for line in [*told, f"report: `{record / 'report.html'}`"])
 
 
 def _picture(path: Path) -> str:

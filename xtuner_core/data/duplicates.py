@@ -172,14 +172,14 @@ def _signatures(shingles: np.ndarray, owner: np.ndarray, documents: int) -> np.n
 def _densified(signatures: np.ndarray) -> np.ndarray:
     """Every empty bin takes the value of the first full one in a random walk that is the same for all documents."""
     least, random = signatures.ravel(), np.random.default_rng(0)
-    full, empty = least.copy(), np.flatnonzero(least == _EMPTY).astype(np.int32)
+    full, empty = least.copy(), np.flatnonzero(least == _EMPTY)
     column = empty % _BINS
     while len(empty):
-        step = random.integers(_BINS, size=_BINS, dtype=np.int32) - np.arange(_BINS, dtype=np.int32)
-        found = least[empty + step[column]]
+        step = random.integers(_BINS, size=_BINS) - np.arange(_BINS)
+        found = least.take(empty + step.take(column))
         full[empty] = found
-        still = found == _EMPTY
-        empty, column = empty[still], column[still]
+        still = np.flatnonzero(found == _EMPTY)
+        empty, column = empty.take(still), column.take(still)
     return full.reshape(-1, _BINS)
 
 
