@@ -12,10 +12,13 @@ tally.json        the counts: accepted + rejected + blank + dropped = lines
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +42,7 @@ KEPT_SAMPLES = 64
 BATCH_ROWS = 1024
 BATCH_CHARACTERS = 4 * 2**20
 FAST_BYTES = 8 * 2**20
-"""Input from which on starting the faster tokenizer pays."""
+"""Size of an input file from which on starting the faster tokenizer pays."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,9 +97,10 @@ def tokenize_part(part: Part, model_dir: Path, encoding: Encoding, folder: Path)
         DataError: the file as a whole is unreadable.
         RecipeError: the tokenizer does not fit the template.
     """
-    tokenizer = load_tokenizer(model_dir, fast=_bytes(part) >= FAST_BYTES)
+    tokenizer = _tokenizer(model_dir, (model_dir / "tokenizer.json").stat().st_mtime_ns, part.file.stat().st_size >= FAST_BYTES)
     shard = _Shard()
-    write_documents(folder, _documents(rows(part), tokenizer, model_dir, encoding, shard))
+    with _no_garbage_collection():
+        write_documents(folder, _documents(rows(part), tokenizer, model_dir, encoding, shard))
     np.save(folder / "lines.npy", np.array(shard.lines, dtype=np.int64))
     shard.rejected.sort(key=lambda entry: entry["line"])
     for name in ("rejected", "samples", "kept"):
@@ -105,8 +109,10 @@ def tokenize_part(part: Part, model_dir: Path, encoding: Encoding, folder: Path)
     return shard.tally
 
 
-def _bytes(part: Part) -> int:
-    return (part.file.stat().st_size if part.end is None else part.end) - part.start
+@lru_cache(maxsize=1)
+def _tokenizer(model_dir: Path, changed: int, fast: bool) -> ChatTokenizer:
+    """Loaded once for all parts that a process tokenizes: starting the fast one costs as much as a part."""
+    return load_tokenizer(model_dir, fast)
 
 
 def read_tally(folder: Path) -> Tally:
