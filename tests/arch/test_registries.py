@@ -17,10 +17,10 @@ from pipelines import chat, chatters, evaluate, evaluators, launchers, prepare, 
 from pipelines.recipe import PROJECT, load_recipe, shipped_names
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core import registry
-from xtuner_core.data import formats, templates
+from xtuner_core.data import formats, packing, templates
 from xtuner_core.errors import Interrupted, RecipeError
 
-REGISTRIES = (formats, templates, launchers, evaluators, chatters)
+REGISTRIES = (formats, templates, packing, launchers, evaluators, chatters)
 
 FORMAT = """
 from xtuner_core.data.conversation import Conversation, Message

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import NamedTuple
 
 import numpy as np
 
@@ -29,12 +28,8 @@ def pack(lengths: np.ndarray, capacity: int, seed: int) -> Packs:
     return whole_documents(documents, lengths, np.bincount(chosen))
 
 
-class _Run(NamedTuple):
-    """Packs of equal room: `count` of them, numbered `top`, `top + step`, …; the first is filled first."""
-
-    top: int
-    step: int
-    count: int
+_Run = tuple[int, int, int]
+"""Packs of equal room (top, step, count): they are numbered `top`, `top + step`, …, and filled in this order."""
 
 
 def _moves(counts: np.ndarray, capacity: int) -> list[tuple[int, int, int, int]]:
@@ -52,21 +47,21 @@ def _moves(counts: np.ndarray, capacity: int) -> list[tuple[int, int, int, int]]
         while waiting:
             if fitting := rooms >> length:
                 room = length + (fitting & -fitting).bit_length() - 1
-                run = stacks[room].pop()
+                top, step, count = stacks[room].pop()
             else:
                 room = capacity
-                run = _Run(opened, 1, max(1, waiting // (room // length)))
-                opened += run.count
+                top, step, count = opened, 1, max(1, waiting // (room // length))
+                opened += count
             each = min(room // length, waiting)
-            packs = min(waiting // each, run.count)
-            if packs < run.count:
-                stacks[room].append(_Run(run.top + run.step * packs, run.step, run.count - packs))
+            packs = min(waiting // each, count)
+            if packs < count:
+                stacks[room].append((top + step * packs, step, count - packs))
             elif not stacks[room]:
                 rooms &= ~(1 << room)
             left = room - each * length
-            stacks[left].append(_Run(run.top + run.step * (packs - 1), -run.step, packs))  # the last that came is on top
+            stacks[left].append((top + step * (packs - 1), -step, packs))  # the last that came is on top
             rooms |= 1 << left
-            moves.append((run.top, run.step, packs, each))
+            moves.append((top, step, packs, each))
             waiting -= packs * each
     return moves
 

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from xtuner_core.data import pack
-from xtuner_core.data.dataset import PackedDataset, Piece, join_documents, write_description, write_documents, write_packs
+from xtuner_core.data.dataset import DocumentsWriter, PackedDataset, Piece, join_documents, write_description, write_documents, write_packs
 from xtuner_core.data.loader import IGNORE, load_step, make_batch, shared_beginning
 from xtuner_core.data.order import grouped, packs_of_step, steps_of
 from xtuner_core.data.pack import whole_documents
@@ -111,6 +111,24 @@ def test_ten_gigabytes_open_at_once_and_take_no_memory(tmp_path: Path) -> None:
     tokens = sum(make_batch(dataset, pack).text_tokens for pack in (0, count // 2, count - 1))
     assert time.process_time() - started < 0.1
     assert tokens == 3 * length and resident() - before < 20 * 2**20
+
+
+def test_writing_and_joining_hold_one_batch_at_a_time(tmp_path: Path) -> None:
+    tokens = 2**20
+    batch = Tokenized(np.arange(tokens, dtype=np.uint32), np.arange(tokens) % 8 > 3, np.full(tokens // 256, 256))
+    with DocumentsWriter(tmp_path / "warm") as writer:
+        writer.write(batch)
+    before, highest = resident(), 0
+    with DocumentsWriter(tmp_path / "part") as writer:
+        for _ in range(16):
+            writer.write(batch)
+            highest = max(highest, resident())
+    with DocumentsWriter(tmp_path / "joined") as writer:
+        for _ in range(3):
+            writer.copy(tmp_path / "part")
+            highest = max(highest, resident())
+    assert (tmp_path / "joined" / "ids.bin").stat().st_size == 3 * 16 * 4 * tokens  # 200 MB, and 100 MB of loss ranges
+    assert highest - before < 120 * 2**20
 
 
 def resident() -> int:
