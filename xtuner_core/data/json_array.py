@@ -16,6 +16,8 @@ from xtuner_core.data.row import Row, json_row
 from xtuner_core.errors import DataError
 
 _CHUNK = 2**18
+_HOPELESS = 10_000
+"""Levels after which the end of an element is no longer looked for; one of more than MAX_DEPTH is rejected anyway."""
 _TOKEN = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+"|["\[\]{},]', re.DOTALL)
 """A whole string, the quote of a string that goes on in the next chunk, or one of the characters that make the structure."""
 _REST_OF_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*+', re.DOTALL)
@@ -63,6 +65,8 @@ def array_rows(stream: IO[bytes], file: Path) -> Iterator[Row]:
             if character in b"[{":
                 level = level or (1 if character == b"[" else 2)
                 depth += 1
+                if depth > _HOPELESS:
+                    raise DataError(f"{file}: element {number + 1} is nested more than {_HOPELESS} levels. Take it out.")
                 if depth == level and character == b"[":
                     _check_is_the_array(file, chunk[:at], found)
                     found, element, start = True, _Element(base + at + 1), at + 1

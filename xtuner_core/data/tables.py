@@ -117,7 +117,7 @@ def parquet_rows(source: Any, file: Path) -> Iterator[Row]:
     try:
         with pq.ParquetFile(source, buffer_size=2**20) as table:
             yield from _batch_rows(table.iter_batches(batch_size=_BATCH_ROWS, use_threads=False))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(file, "Parquet", error) from None
 
 
@@ -131,7 +131,7 @@ def arrow_rows(source: Any, file: Path) -> Iterator[Row]:
         with pa.ipc.open_file(source) if begins_as_file else pa.ipc.open_stream(source) as reader:
             batches = (reader.get_batch(index) for index in range(reader.num_record_batches)) if begins_as_file else reader
             yield from _batch_rows(_slices(batches))
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
         raise _unreadable(file, "Arrow", error) from None
 
 
