@@ -166,6 +166,17 @@ def test_preview_shows_what_is_learned(store: Path) -> None:
     assert "[prepare] cached" in done.stderr
 
 
+def test_preview_of_a_line_with_token_boundaries(store: Path) -> None:
+    done = xtuner("preview", TINY, DATA, "--line", "heldout.jsonl:2", "--tokens", "--store", store)
+    assert done.returncode == 0
+    assert "/heldout.jsonl:2: " in done.stdout.splitlines()[0]
+    assert "<|im_start|>│u│s│e│r│" in done.stdout
+    for options, reason in ((("--line", "heldout.jsonl:999"), "the file has 16 lines"), (("--validation",), "set data.validation")):
+        done = xtuner("preview", TINY, DATA, *options, "--store", store)
+        assert (done.returncode, "Traceback" in done.stderr) == (78, False)
+        assert reason in done.stderr.splitlines()[-1]
+
+
 def test_a_reader_that_stops_reading_is_no_error(store: Path) -> None:
     command = f"{sys.executable} -m pipelines.cli preview {TINY} {DATA} -n 16 --store {store} | head -n 1"
     done = subprocess.run(["bash", "-o", "pipefail", "-c", command], cwd=PROJECT, capture_output=True, text=True, check=False)
