@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 MAX_LINE_BYTES = 16 * 2**20
@@ -19,26 +16,6 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 
 class Rejected(ValueError):
     """A line cannot be used; the message is the reason that goes into the report."""
-
-
-@dataclass(frozen=True, slots=True)
-class Line:
-    """One line of a file. `number` counts from 1, `offset` is in bytes."""
-
-    file: Path
-    number: int
-    offset: int
-    content: bytes
-
-
-def read_lines(file: Path) -> Iterator[Line]:
-    """Every line, blank ones included, without its line break; a byte-order mark at the start is dropped."""
-    offset = 0
-    with open(file, "rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            content = raw.removeprefix(MARK) if number == 1 else raw
-            yield Line(file, number, offset, content.rstrip(b"\r\n"))
-            offset += len(raw)
 
 
 def too_long(size: int) -> str:

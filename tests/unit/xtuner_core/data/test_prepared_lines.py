@@ -14,7 +14,7 @@ from pipelines import prepare
 from pipelines.recipe import load_recipe
 from pipelines.stage import Work
 from xtuner_core.data.dataset import PackedDataset
-from xtuner_core.data.jsonl import read_lines
+from xtuner_core.data.inputs import Part, rows
 from xtuner_core.errors import DataError
 
 HOSTILE = Path(__file__).resolve().parents[4] / "data" / "hostile"
@@ -46,7 +46,7 @@ def test_the_readme_lists_every_file() -> None:
 def test_each_hostile_file_is_treated_as_its_readme_says(name: str, prepare_place: Place) -> None:
     file = HOSTILE / f"{name}.jsonl"
     metrics, work = prepared(prepare_place, file, "data.max_rejected=0.5")
-    assert metrics["lines"] == metrics["accepted"] + metrics["rejected"] + metrics["blank"] == len(list(read_lines(file)))
+    assert metrics["lines"] == metrics["accepted"] + metrics["rejected"] + metrics["blank"] == len(list(rows(Part(file))))
     if PROMISES[name].startswith("reject"):
         assert (metrics["accepted"], metrics["rejected"]) == (2, 1)
         [row] = rejected(work)
