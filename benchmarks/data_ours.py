@@ -1,0 +1,72 @@
+"""Our side of benchmarks/data.py: the functions that stage prepare runs. Prints one line of JSON.
+
+python data_ours.py chat INPUT MODEL_DIR OUTPUT_FOLDER     tokenize_part over the parts of the file, join_parts, packing, packs on disk
+python data_ours.py plain INPUT MODEL_DIR OUTPUT_FOLDER    the same without packing
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+PACK_LENGTH = 4096
+os.environ |= {"RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}  # as a worker of stage prepare
+
+
+def chat(source: Path, model_dir: Path, folder: Path) -> dict[str, float]:
+    """Rows → ids and masks → packs."""
+    from xtuner_core.data.dataset import Documents, write_packs
+    from xtuner_core.data.packing import best_fit
+
+    started = cpu()
+    rows = tokenize(source, model_dir, folder, "openai")
+    tokenized = cpu()
+    packs = best_fit.pack(np.diff(Documents(folder / "documents" / "00000").offsets), PACK_LENGTH, 0)
+    write_packs(folder / "packs", packs)
+    return {"cpu": cpu() - started, "cpu_without_packing": tokenized - started, "rows": rows, "start": start_cost(model_dir)}
+
+
+def plain(source: Path, model_dir: Path, folder: Path) -> dict[str, float]:
+    """Lines → ids on disk."""
+    started = cpu()
+    rows = tokenize(source, model_dir, folder, "text")
+    return {"cpu": cpu() - started, "rows": rows, "start": start_cost(model_dir)}
+
+
+def tokenize(source: Path, model_dir: Path, folder: Path, data_format: str) -> int:
+    """As stage prepare does it, part after part; returns the rows."""
+    from pipelines.shards import PART_BYTES
+    from xtuner_core.data.inputs import parts_of
+    from xtuner_core.data.shard import Encoding, join_parts, tokenize_part
+
+    encoding = Encoding(data_format, "chatml", "all", "keep", "drop", 10**9)
+    parts = [(part, folder / f"part{number:05d}") for number, part in enumerate(parts_of(source, PART_BYTES))]
+    for part, target in parts:
+        tokenize_part(part, model_dir, encoding, target)
+    tally = join_parts([target for _, target in parts], folder / "documents" / "00000")
+    assert tally.accepted == tally.lines, tally
+    return tally.lines
+
+
+def start_cost(model_dir: Path) -> float:
+    """CPU-seconds to load the tokenizers, which every run and worker pays once."""
+    from xtuner_core.data.tokenize import load_tokenizer
+
+    started = cpu()
+    load_tokenizer(model_dir, fast=True)
+    return cpu() - started
+
+
+def cpu() -> float:
+    """CPU-seconds of this process and its threads."""
+    return time.process_time()
+
+
+if __name__ == "__main__":
+    _, action, source, other, output = sys.argv
+    print(json.dumps({"chat": chat, "plain": plain}[action](Path(source), Path(other), Path(output))))
