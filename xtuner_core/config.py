@@ -30,7 +30,9 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_split_paths)]
 class Source(Config):
     """Some input files, and how much of them is used."""
 
-    path: str = Field(description="A file (.jsonl, .json, .parquet, .csv, each also .gz or .zst), a folder, a glob or a data set folder.")
+    path: str = Field(
+        min_length=1, description="A file (.jsonl, .json, .parquet, .csv, each also .gz or .zst), a folder, a glob or a data set folder."
+    )
     format: str | None = Field(default=None, description="Input format, a module of xtuner_core/data/formats; data.format if not given.")
     sample_ratio: float = Field(default=1.0, gt=0, description="2 uses every sample twice an epoch, 0.5 a random half of them.")
 

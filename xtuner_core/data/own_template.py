@@ -17,17 +17,33 @@ from jinja2.exceptions import TemplateError
 from xtuner_core.data.conversation import Conversation
 from xtuner_core.data.jsonl import Rejected
 from xtuner_core.data.pieces import Control, Piece, Text
+from xtuner_core.data.templates._parts import TODAY
 from xtuner_core.errors import RecipeError
 
 _MARKS = [chr(code) for code in range(0xE000, 0xE100)]
 """Private-use characters; one that the conversation does not hold breaks up what looks like a control token in it."""
+_NOW = re.compile(r"""strftime_now\((["'])(.*?)\1\)""")
+
+
+def own_tokenizer(model_dir: Path):  # noqa: ANN201 - a transformers class, imported only when needed
+    """The folder's tokenizer as transformers loads it: the reference that servers and evaluators use.
+
+    A template that asks for today's date gets always the same one.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
+    except ValueError:  # its class is code in the folder, which nobody runs; tokenizer.json says all that is needed
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(model_dir, local_files_only=True)
+    if isinstance(tokenizer.chat_template, str):
+        tokenizer.chat_template = _NOW.sub(lambda call: repr(TODAY.strftime(call[2])), tokenizer.chat_template)
+    return tokenizer
 
 
 def own_renderer(model_dir: Path, control: dict[str, int]) -> Callable[[Conversation], list[Piece]]:
     """The function that renders a conversation with the folder's own chat template. It raises Rejected for one the template refuses."""
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    tokenizer = own_tokenizer(model_dir)
     if tokenizer.chat_template is None:
         raise RecipeError(f"{model_dir}: the model has no chat template of its own; set model.template.")
     tokens = re.compile("|".join(re.escape(token) for token in sorted(control, key=len, reverse=True) if len(token) > 1) or r"(?!)")

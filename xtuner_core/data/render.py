@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Container, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -12,7 +12,7 @@ from xtuner_core import registry
 from xtuner_core.data import templates
 from xtuner_core.data.conversation import Conversation, Message
 from xtuner_core.data.jsonl import Rejected
-from xtuner_core.data.own_template import own_renderer
+from xtuner_core.data.own_template import own_renderer, own_tokenizer
 from xtuner_core.data.pieces import Piece
 from xtuner_core.data.tokenize import ChatTokenizer, encode, load_tokenizer
 from xtuner_core.errors import RecipeError
@@ -62,14 +62,16 @@ def choose_template(model_dir: Path, name: str | None) -> str:
     own = has_own_template(model_dir)
     candidates = [name] if name else [*registry.names(templates), templates.OWN]
     if not own:
-        if asked and asked.JINJA is not None:
+        if name and asked and asked.JINJA is not None:
             return name
         fitting = [word for word in registry.names(templates) if find_template(word).JINJA is not None]
         raise RecipeError(f"{model_dir}: the model has no chat template; set model.template to one of {', '.join(fitting)}.")
     tokenizer = load_tokenizer(model_dir)
-    reasons = {candidate: _first_mismatch(candidate, tokenizer, model_dir) for candidate in candidates}
-    for candidate, reason in reasons.items():
-        if reason is None:
+    theirs = _own_probes(model_dir)
+    reasons = {}
+    for candidate in candidates:
+        reasons[candidate] = _first_mismatch(candidate, tokenizer, model_dir, theirs)
+        if reasons[candidate] is None:
             return candidate
     told = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
     raise RecipeError(f"{model_dir}: no template gives the token ids of the model's own ({told}). Set model.template, or add a template.")
@@ -80,27 +82,39 @@ def has_own_template(model_dir: Path) -> bool:
     return own_tokenizer(model_dir).chat_template is not None
 
 
-def own_tokenizer(model_dir: Path):  # noqa: ANN201 - a transformers class, imported only when needed
-    """The folder's tokenizer as transformers loads it: the reference that servers and evaluators use."""
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
-
-
 def own_ids(model_dir: Path, conversations: Sequence[Conversation]) -> list[np.ndarray]:
     """Token ids of the folder's own chat template."""
     tokenizer = own_tokenizer(model_dir)
-    encoded = (_own(tokenizer, one) for one in conversations)
-    return [np.array(ids, dtype=np.uint32) for ids in encoded]
+    return [_own(tokenizer, one) for one in conversations]
 
 
-def _own(tokenizer: Any, one: Conversation) -> list[int]:
-    return tokenizer.apply_chat_template(one.as_dicts(), tools=list(one.tools) or None, tokenize=True, return_dict=False)
+def _own(tokenizer: Any, one: Conversation) -> np.ndarray:
+    ids = tokenizer.apply_chat_template(one.as_dicts(), tools=list(one.tools) or None, tokenize=True, return_dict=False)
+    return np.array(ids, dtype=np.uint32)
 
 
-def first_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -> str | None:
-    """Where two lists of token ids first differ, in words; None if they are equal."""
+def _own_probes(model_dir: Path) -> list[np.ndarray | None]:
+    """Ids of each probe; None for one that the model's own template refuses, as some refuse a system prompt."""
+    tokenizer = own_tokenizer(model_dir)
+    found: list[np.ndarray | None] = []
+    for probe in PROBES:
+        try:
+            found.append(_own(tokenizer, probe))
+        except Exception as error:  # a chat template is the model author's program: it may raise anything
+            if not found:
+                raise RecipeError(f"{model_dir}: the model's own chat template fails: {error}. Set model.template.") from None
+            found.append(None)
+    return found
+
+
+def first_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray], ends: Container[int] = ()) -> str | None:
+    """Where two lists of token ids first differ, in words; None if they are equal.
+
+    Ours may have one of `ends` more: some templates (GLM's) leave the token that ends the last turn to the turn that follows.
+    """
     for index, (left, right) in enumerate(zip(ours, theirs, strict=True)):
+        if len(left) == len(right) + 1 and int(left[-1]) in ends:
+            left = left[:-1]
         if not np.array_equal(left, right):
             shared = min(len(left), len(right))
             position = next((at for at in range(shared) if left[at] != right[at]), shared)
@@ -108,13 +122,18 @@ def first_difference(ours: Sequence[np.ndarray], theirs: Sequence[np.ndarray]) -
     return None
 
 
-def _first_mismatch(name: str, tokenizer: ChatTokenizer, model_dir: Path) -> str | None:
+def _first_mismatch(name: str, tokenizer: ChatTokenizer, model_dir: Path, theirs: Sequence[np.ndarray | None]) -> str | None:
+    ours = []
     try:
         render = renderer(name, model_dir, tokenizer)
-        documents = encode(tokenizer, [list(render(probe)) for probe in PROBES])
-    except (RecipeError, Rejected) as error:
+        for probe in PROBES:
+            try:
+                ours.append(encode(tokenizer, [list(render(probe))])[0].ids)
+            except Rejected as refusal:  # of a system prompt, say; but what every template must take is the first
+                if not ours:
+                    return str(refusal)
+                ours.append(None)
+    except RecipeError as error:
         return str(error)
-    try:
-        return first_difference([document.ids for document in documents], own_ids(model_dir, PROBES))
-    except Exception as error:  # a chat template is the model author's program: it may raise anything
-        return f"the model's own template fails: {error}"
+    both = [(left, right) for left, right in zip(ours, theirs, strict=True) if left is not None and right is not None]
+    return first_difference([left for left, _ in both], [right for _, right in both], set(tokenizer.control.values()))

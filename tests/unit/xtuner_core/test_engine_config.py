@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from xtuner_core.config import DataConfig, SftConfig, TrainConfig
+from xtuner_core.config import DataConfig, SftConfig, Source, TrainConfig
 from xtuner_core.errors import RecipeError
 from xtuner_core.sft import read_config
 
@@ -50,7 +50,24 @@ def test_paths_are_one_name_several_or_a_list(tmp_path: Path) -> None:
     comma = tmp_path / "a,b.jsonl"
     comma.touch()
     for given, meant in (("a", ("a",)), ("a, b", ("a", "b")), (["a", "b"], ("a", "b")), (str(comma), (str(comma),))):
-        assert DataConfig.model_validate({"train": given}).train == meant
+        assert DataConfig.model_validate({"train": given}).train == tuple(Source(path=path) for path in meant)
+        assert DataConfig.model_validate({"train": "a", "validation": given}).validation == meant
+
+
+def test_a_source_says_more_than_its_path() -> None:
+    half = {"path": "a", "sample_ratio": 0.5, "format": "alpaca"}
+    for given in (half, [half], ["b", half]):
+        assert DataConfig.model_validate({"train": given}).train[-1] == Source(path="a", format="alpaca", sample_ratio=0.5)
+    for wrong in ([], "", [{"path": "a", "sample_ratio": 0}], [{"path": "a", "weight": 1}], 3):
+        with pytest.raises(ValidationError):
+            DataConfig.model_validate({"train": wrong})
+
+
+def test_a_share_for_validation() -> None:
+    assert DataConfig.model_validate({"train": "a", "validation": 0.02}).validation == 0.02
+    for wrong in (1.0, -0.1):
+        with pytest.raises(ValidationError):
+            DataConfig.model_validate({"train": "a", "validation": wrong})
 
 
 def test_a_configuration_cannot_be_changed() -> None:
