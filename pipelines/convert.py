@@ -178,7 +178,7 @@ def _require_same_template(work: Work, model_dir: Path) -> None:
     """The exported chat template must give the ids that training saw."""
     import numpy as np
 
-    from xtuner_core.data.formats import openai
+    from xtuner_core.data.conversation import Conversation, Message
     from xtuner_core.data.render import find_template, first_difference, has_own_template, own_ids
     from xtuner_core.data.tokenize import load_tokenizer
 
@@ -186,7 +186,7 @@ def _require_same_template(work: Work, model_dir: Path) -> None:
     if not has_own_template(model_dir):
         name = json.loads((work.inputs["data"] / "data.json").read_text(encoding="utf-8"))["template"]
         (model_dir / "chat_template.jinja").write_text(find_template(name).JINJA or "", encoding="utf-8")
-    conversations = [openai.parse({"messages": sample["messages"], "tools": sample["tools"]}) for sample in samples]
+    conversations = [Conversation(tuple(map(Message.from_dict, sample["messages"])), tuple(sample["tools"])) for sample in samples]
     seen = [np.array(sample["ids"], dtype=np.uint32) for sample in samples]
     if difference := first_difference(seen, own_ids(model_dir, conversations), set(load_tokenizer(model_dir).control.values())):
         raise DataError(f"the exported chat template gives other tokens than training saw: {difference}.")

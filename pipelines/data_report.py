@@ -155,7 +155,7 @@ def _duplicates(prepared: Prepared) -> dict[str, Any]:
     ]
     return {
         "exact": {"documents": len(found.exact), "across": _across(prepared, found.exact), "examples": exact},
-        "near": {"documents": len(found.near), "across": _across(prepared, found.near), "examples": near},
+        "near": {"documents": len(found.near), "across": _across(prepared, found.near), "examples": near, "complete": found.complete},
     }
 
 

@@ -197,6 +197,8 @@ def _duplicates(found: Mapping[str, Any]) -> str:
         f"Documents with the same tokens as an earlier one: {_safe(exact['documents'])}. Documents that share at least 80 % of their "
         f"runs of five tokens with an earlier one (Jaccard similarity, without runs that many documents have): {_safe(near['documents'])}."
     )
+    if not near["complete"]:
+        told += " There may be more: the data holds so many half-copies that the search was ended."
     rows = [(pair["copy"], pair["first"], "exact") for pair in exact["examples"]]
     rows += [(pair["copy"], pair["first"], f"{pair['similarity']:.0%}") for pair in near["examples"]]
     return f"<p>{told}</p>" + (_table(("document", "is like", "similarity#"), rows) if rows else "")

@@ -21,6 +21,11 @@ class ToolCall:
         call = {"type": "function", "function": {"name": self.name, "arguments": self.arguments}}
         return call if self.id is None else {"id": self.id, **call}
 
+    @classmethod
+    def from_dict(cls, call: dict[str, Any]) -> ToolCall:
+        """The opposite of `as_dict`."""
+        return cls(call["function"]["name"], call["function"]["arguments"], call.get("id"))
+
 
 @dataclass(frozen=True, slots=True)
 class Message:
@@ -39,6 +44,13 @@ class Message:
         parts = {"reasoning_content": self.thinking, "name": self.name, "tool_call_id": self.tool_call_id}
         calls = {"tool_calls": [call.as_dict() for call in self.tool_calls]} if self.tool_calls else {}
         return {"role": self.role, "content": self.content, **{key: part for key, part in parts.items() if part is not None}, **calls}
+
+    @classmethod
+    def from_dict(cls, turn: dict[str, Any]) -> Message:
+        """The opposite of `as_dict`, but for `loss`, which is not in it."""
+        calls = tuple(ToolCall.from_dict(call) for call in turn.get("tool_calls", ()))
+        optional = (turn.get(key) for key in ("name", "tool_call_id"))
+        return cls(turn["role"], turn["content"], False, turn.get("reasoning_content"), calls, *optional)
 
 
 @dataclass(frozen=True, slots=True)

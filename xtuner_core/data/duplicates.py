@@ -31,6 +31,8 @@ _SHINGLE_BITS = np.uint64(52)
 _TOGETHER = 4096
 _SAMPLE = 2048
 _VERIFIED_TOKENS = 2**21
+VERIFIED_AT_MOST = 2**26
+"""Tokens compared in full before the search for near duplicates ends: data full of half-copies must not take hours."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +45,8 @@ class Duplicates:
     """Neither is an exact copy of an earlier one."""
     similarity: np.ndarray
     """Jaccard similarity of each near pair, float64 `[pairs]`."""
+    complete: bool = True
+    """False if VERIFIED_AT_MOST ended the search: there may be more near pairs."""
 
 
 def find_duplicates(shards: Sequence[Shard]) -> Duplicates:
@@ -50,8 +54,7 @@ def find_duplicates(shards: Sequence[Shard]) -> Duplicates:
     exact = _exact(shards)
     distinct = np.ones(sum(len(shard.offsets) - 1 for shard in shards), bool)
     distinct[exact[:, 1]] = False
-    near, similarity = _near(shards, distinct)
-    return Duplicates(exact, near, similarity)
+    return Duplicates(exact, *_near(shards, distinct))
 
 
 def _exact(shards: Sequence[Shard]) -> np.ndarray:
@@ -85,28 +88,38 @@ def _equal(shards: Sequence[Shard], pairs: np.ndarray) -> np.ndarray:
 
 def _pair_cuts(shards: Sequence[Shard], pairs: np.ndarray) -> Iterator[tuple[int, int]]:
     """Ranges of pairs that are verified together."""
-    lengths = np.concatenate([np.diff(shard.offsets) for shard in shards] or [np.empty(0, np.int64)])
-    costs = np.maximum(lengths[pairs].sum(axis=1), 2 * _VERIFIED_TOKENS // _TOGETHER + 1)
+    costs = np.maximum(_lengths(shards)[pairs].sum(axis=1), 2 * _VERIFIED_TOKENS // _TOGETHER + 1)
     return cuts(np.concatenate([[0], np.cumsum(costs)]), 2 * _VERIFIED_TOKENS)
 
 
-def _near(shards: Sequence[Shard], distinct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _lengths(shards: Sequence[Shard]) -> np.ndarray:
+    return np.concatenate([np.diff(shard.offsets) for shard in shards] or [np.empty(0, np.int64)])
+
+
+def _near(shards: Sequence[Shard], distinct: np.ndarray) -> tuple[np.ndarray, np.ndarray, bool]:
     common = common_shingles(shards, distinct)
     numbers, bands = _all_bands(shards, distinct, common)
     partner, similarity = np.full(len(distinct), -1), np.zeros(len(distinct))
-    refused = np.empty(0, np.uint64)
+    lengths = _lengths(shards)
+    refused, verified, complete = np.empty(0, np.uint64), 0, True
     for band in bands.T:
         pairs = numbers[_candidates(band)]
         pairs = pairs[partner[pairs[:, 1]] < 0]
         keys = np.setdiff1d(pairs[:, 0].astype(np.uint64) << np.uint64(32) | pairs[:, 1].astype(np.uint64), refused)
         pairs = np.stack([keys >> np.uint64(32), keys & np.uint64(0xFFFFFFFF)], axis=1).astype(np.int64)
+        costs = np.cumsum(lengths[pairs].sum(axis=1))
+        affordable = int(np.searchsorted(costs, VERIFIED_AT_MOST - verified, "right"))
+        verified += int(costs[affordable - 1]) if affordable else 0
+        complete, pairs, keys = affordable == len(pairs), pairs[:affordable], keys[:affordable]
         measured = [jaccard(shards, pairs[start:end], common) for start, end in _pair_cuts(shards, pairs)]
         score = np.concatenate(measured or [np.empty(0)])
         refused = np.union1d(refused, keys[score < SIMILAR])
         pairs, score = pairs[score >= SIMILAR], score[score >= SIMILAR]
         partner[pairs[:, 1]], similarity[pairs[:, 1]] = pairs[:, 0], score
+        if not complete:
+            break
     later = np.flatnonzero(partner >= 0)
-    return np.stack([partner[later], later], axis=1), similarity[later]
+    return np.stack([partner[later], later], axis=1), similarity[later], complete
 
 
 def _all_bands(shards: Sequence[Shard], distinct: np.ndarray, common: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -46,8 +46,15 @@ def blocks(shards: Sequence[Shard]) -> Iterator[Block]:
     for shard in shards:
         offsets = np.asarray(shard.offsets)
         for start, end in cuts(offsets, BLOCK):
-            yield Block(np.asarray(shard.ids[offsets[start] : offsets[end]]), offsets[start : end + 1] - offsets[start], first + start)
+            yield Block(_read(shard, int(offsets[start]), int(offsets[end])), offsets[start : end + 1] - offsets[start], first + start)
         first += len(offsets) - 1
+
+
+def _read(shard: Shard, start: int, end: int) -> np.ndarray:
+    """Tokens of a file, read and not mapped: mapped pages would count as our memory, and all are looked at once only."""
+    if isinstance(shard, Block):
+        return shard.ids[start:end]
+    return np.fromfile(shard.folder / "ids.bin", np.uint32, end - start, offset=start * np.dtype(np.uint32).itemsize)
 
 
 def cuts(offsets: np.ndarray, size: int) -> Iterator[tuple[int, int]]:

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import gc
 import json
-import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import lru_cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -140,23 +140,26 @@ def join_parts(folders: Sequence[Path], folder: Path) -> Tally:
     np.save(
         folder / "lines.npy", np.concatenate([np.load(part / "lines.npy") + start for part, start in zip(folders, before, strict=True)])
     )
-    _write_lines(folder / "rejected.jsonl", _shifted(folders, before))
-    for name in ("samples", "kept"):
-        with open(folder / f"{name}.jsonl", "wb") as joined:
-            for part in folders:
-                with open(part / f"{name}.jsonl", "rb") as stream:
-                    shutil.copyfileobj(stream, joined)
+    for name in ("rejected.jsonl", "kept.jsonl"):
+        _write_lines(folder / name, _shifted(folders, name, before))
+    with open(folder / "samples.jsonl", "wb") as joined:
+        joined.writelines(islice(_lines_of(folders, "samples.jsonl"), KEPT_SAMPLES))
     whole = sum(tallies, Tally())
     write_json(folder / "tally.json", asdict(whole))
     return whole
 
 
-def _shifted(folders: Sequence[Path], before: Iterable[int]) -> Iterator[dict[str, Any]]:
+def _lines_of(folders: Sequence[Path], name: str) -> Iterator[bytes]:
+    for folder in folders:
+        with open(folder / name, "rb") as stream:
+            yield from stream
+
+
+def _shifted(folders: Sequence[Path], name: str, before: Iterable[int]) -> Iterator[dict[str, Any]]:
     for part, start in zip(folders, before, strict=True):
-        with open(part / "rejected.jsonl", encoding="utf-8") as stream:
-            for line in stream:
-                entry = json.loads(line)
-                yield {**entry, "line": entry["line"] + int(start)}
+        for line in _lines_of([part], name):
+            entry = json.loads(line)
+            yield {**entry, "line": entry["line"] + int(start)}
 
 
 def _write_lines(path: Path, values: Iterable[Any]) -> None:

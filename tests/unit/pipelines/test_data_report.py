@@ -155,7 +155,7 @@ def minimal(**changes: Any) -> dict[str, Any]:
     packing = {"packing": "best_fit", "packs": 0, "pack_efficiency": 0.0, "pack_cost_mean": 0.0, "pack_cost_max": 0}
     empty = {"recipe": "r", "files": [], "rejects": [], "leakage": [], "splits": {}, "without_loss": {"documents": 0, "examples": []}}
     return {
-        **empty, "lengths": {**lengths, "documents": [0, 0, 0]}, "packing": packing, "duplicates": {"exact": kind, "near": kind}, **changes
+        **empty, "lengths": {**lengths, "documents": [0, 0, 0]}, "packing": packing, "duplicates": {"exact": kind, "near": {**kind, "complete": True}}, **changes
     }  # fmt: skip
 
 

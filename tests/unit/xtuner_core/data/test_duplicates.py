@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from xtuner_core.data import ngrams
+from xtuner_core.data import duplicates, ngrams
 from xtuner_core.data.duplicates import LEAST_SHINGLES, SHINGLE, SIMILAR, find_duplicates
 from xtuner_core.data.ngrams import Block, all_window_hashes, blocks, cuts, gather, prefix_sums, window_hashes
 
@@ -140,3 +140,14 @@ def test_nothing_is_no_trouble() -> None:
     for shards in ([], [shard([])], [shard([np.array([1])])]):
         found = find_duplicates(shards)
         assert (found.exact.shape, found.near.shape, found.similarity.shape) == ((0, 2), (0, 2), (0,))
+
+
+def test_a_search_that_would_take_too_long_ends_and_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    random = np.random.default_rng(3)
+    common = random.integers(1000, size=400)
+    data = shard([np.concatenate([common[:380], random.integers(1000, size=20)]) for _ in range(3)])
+    whole = find_duplicates([data])
+    assert whole.complete and len(whole.near) == 2
+    monkeypatch.setattr(duplicates, "VERIFIED_AT_MOST", 300)
+    ended = find_duplicates([data])
+    assert not ended.complete and len(ended.near) == 0

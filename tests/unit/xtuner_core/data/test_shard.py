@@ -110,6 +110,19 @@ def test_long_texts_become_chunks_of_the_same_line(tiny_model_folder: Path, tmp_
     assert learned(tmp_path / "shard", tiny_model_folder)[6] == "z<|eos|>"
 
 
+def test_kept_lines_and_samples_of_joined_parts(tiny_model_folder: Path, tmp_path: Path) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"prompt": str(number), "chosen": "4", "rejected": "5"}) + "\n" for number in range(5)))
+    folders = []
+    for part in parts_of(path, 60):
+        folders.append(tmp_path / f"part-{len(folders)}")
+        tokenize_part(part, tiny_model_folder, replace(ENCODING, format="preference"), folders[-1])
+    assert len(folders) > 1
+    join_parts(folders, tmp_path / "joined")
+    kept = [json.loads(line) for line in (tmp_path / "joined" / "kept.jsonl").read_text().splitlines()]
+    assert [(entry["line"], entry["prompt"][-1]["content"]) for entry in kept] == [(number + 1, str(number)) for number in range(5)]
+
+
 def test_preferences_are_kept(tiny_model_folder: Path, tmp_path: Path) -> None:
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"prompt": "2 + 2", "chosen": "4", "rejected": "5"}) + "\n")
