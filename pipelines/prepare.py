@@ -49,7 +49,8 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     """
     model_dir = work.inputs["base"] / "model"
     inputs, jobs, template = plan(recipe, model_dir, work.log)
-    shards.tokenize(jobs, work.cache, recipe.data.workers, work.log)
+    if shards.tokenize(jobs, work.cache, recipe.data.workers, work.log) and recipe.data.runner != "local":
+        work.log(f"tokenized on this machine: only `xtuner run` and deployments use data.runner {recipe.data.runner}")
     tallies = [shards.read_tally(work.cache, job) for job in jobs]
     _account(recipe, work, inputs, jobs, tallies)
     folders = [work.payload / "documents" / f"{number:05d}" for number in range(len(jobs))]
