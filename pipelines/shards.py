@@ -74,11 +74,16 @@ def _job(file: Path, encoding: Encoding, model_dir: Path, model: dict[str, str])
         "file": digest,
         "kind": kind_of(file),
         "encoding": asdict(encoding),
-        "code": [sha256(Path(str(word.__file__))) for word in words],
+        "code": [sha256(file) for word in words for file in _code(Path(str(word.__file__)))],
         "model": model,
         "libraries": {name: library_version(name) for name in _LIBRARIES},
     }
     return Job(file, digest, model_dir, encoding, key_of(ingredients))
+
+
+def _code(module: Path) -> list[Path]:
+    """A word's module and what the words of its folder share."""
+    return [module, *sorted(module.parent.glob("_*.py"))]
 
 
 def kind_of(file: Path) -> str:
