@@ -2,7 +2,8 @@
 
 chat     chats in JSON lines → ids, masks and packs; peer: `datasets.map(apply_chat_template, return_assistant_tokens_mask)` + TRL's bfd
 plain    texts in JSON lines → ids; peer: `encode_batch_fast` of the tokenizers library
-memory   stage prepare on 1 GB of chats with SmolLM2: the most that all its processes hold together (base model: `xtuner base` first)
+memory   stage prepare on 1 GB of chats with SmolLM2: the most that all its processes hold together (run `make demo` or `xtuner prepare`
+         with it first: the base model comes from its store)
 
 The peers run in an environment of their own (constraints-peers.txt). A round runs both sides one after the other; imports are not
 counted, on either side. Loading our tokenizers is given apart as `start`: it does not grow with the input. The peer gets the first rows

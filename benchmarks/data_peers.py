@@ -55,7 +55,7 @@ def plain(source: Path, model_dir: Path, output: Path) -> dict[str, float]:
     sizes: list[int] = []
     started = cpu()
     with open(source, encoding="utf-8") as lines, open(output.with_suffix(".bin"), "wb") as ids:
-        while batch := [json.loads(line)["text"] for line, _ in zip(lines, range(1000), strict=False)]:
+        while batch := [json.loads(line)["text"] for _, line in zip(range(1000), lines, strict=False)]:
             encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
             sizes += [len(encoding) for encoding in encodings]
             np.fromiter(chain.from_iterable(encoding.ids for encoding in encodings), np.uint32).tofile(ids)
