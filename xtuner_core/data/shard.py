@@ -279,14 +279,13 @@ def _fitted(sample: Sample, document: Document, tokenizer: ChatTokenizer, render
 
 def _keep_samples(shard: _Shard, waiting: list[Pending], batch: Tokenized, tokenizer: ChatTokenizer, encoding: Encoding) -> None:
     """Keep whole conversations without the name of a control token in them: only there do other programs' ids equal ours."""
-    if len(shard.samples) >= KEPT_SAMPLES:
-        return
     names = [token for token in tokenizer.control if token.strip()]
     for (_, sample, _), document in zip(waiting, batch.documents(), strict=True):
+        if len(shard.samples) >= KEPT_SAMPLES:
+            return
         if isinstance(sample, Conversation) and len(document.ids) <= encoding.max_length and document.loss[1:].any():
             asked = _as_asked(sample, encoding)
             entry = {"messages": asked.as_dicts(), "tools": list(asked.tools)}
             text = json.dumps(entry, ensure_ascii=False)
             if not any(token in text for token in names):
                 shard.samples.append({**entry, "ids": document.ids.tolist()})
-    del shard.samples[KEPT_SAMPLES:]
