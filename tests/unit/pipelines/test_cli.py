@@ -216,7 +216,7 @@ def test_a_file_in_place_of_the_store_is_a_storage_error(tmp_path: Path) -> None
 @pytest.mark.slow
 def test_no_room_on_the_disk_publishes_nothing_and_keeps_the_rest(store: Path) -> None:
     shutil.rmtree(store / "prepare")
-    limit = 8192
+    limit = 1024
 
     def little_room() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))

@@ -154,8 +154,9 @@ def minimal(**changes: Any) -> dict[str, Any]:
     lengths = {"least": 0, "p5": 0, "median": 0, "p95": 0, "longest": 0, "max_length": 8, "pack_length": 8, "edges": [1, 2, 3, 4]}
     packing = {"packing": "best_fit", "packs": 0, "pack_efficiency": 0.0, "pack_cost_mean": 0.0, "pack_cost_max": 0}
     empty = {"recipe": "r", "files": [], "rejects": [], "leakage": [], "splits": {}, "without_loss": {"documents": 0, "examples": []}}
+    duplicates = {"exact": kind, "near": {**kind, "complete": True}}
     return {
-        **empty, "lengths": {**lengths, "documents": [0, 0, 0]}, "packing": packing, "duplicates": {"exact": kind, "near": {**kind, "complete": True}}, **changes
+        **empty, "lengths": {**lengths, "documents": [0, 0, 0]}, "packing": packing, "duplicates": duplicates, **changes
     }  # fmt: skip
 
 

@@ -92,7 +92,7 @@ def test_what_the_template_refuses_is_rejected(model: Path) -> None:
 
 def test_a_turn_that_is_rewritten_later_is_not_guessed(model: Path) -> None:
     (model / "chat_template.jinja").write_text(FORGETFUL)
-    with pytest.raises(Rejected, match="message 1: .*writes this turn differently"):
+    with pytest.raises(Rejected, match=r"message 1: .*writes this turn differently"):
         encoded(model, Conversation((USER, answer("a"), USER, answer("b"))))
     last = Conversation((USER, answer("a", loss=False), USER, answer("b")))
     assert learned(model, encoded(model, last)) == "b<|im_end|>"

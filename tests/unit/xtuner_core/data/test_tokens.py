@@ -124,5 +124,5 @@ def test_a_folder_without_a_usable_tokenizer_is_named(tmp_path: Path, content: s
 def test_templates_that_do_not_fit_are_refused_with_the_place(tiny_model_folder: Path) -> None:
     with pytest.raises(RecipeError, match=r"no template gives the token ids .*smollm2: conversation 0 differs at token 1"):
         choose_template(tiny_model_folder, "smollm2")
-    with pytest.raises(RecipeError, match="^'vicuna' is not one of the templates: chatml, "):
+    with pytest.raises(RecipeError, match=r"^'vicuna' is not one of the templates: chatml, "):
         choose_template(tiny_model_folder, "vicuna")
