@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument("--rows", default="chat,plain,memory")
     parser.add_argument("--quick", action="store_true", help="a tenth of the input, one round")
     arguments = parser.parse_args()
-    share, rounds = (0.1, 1) if arguments.quick else (1.0, 2)
+    share, rounds = (0.1, 1) if arguments.quick else (1.0, 5)
     result = json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
     with tempfile.TemporaryDirectory(dir=PROJECT / ".environments") as scratch:
         for row in arguments.rows.split(","):
@@ -79,7 +79,7 @@ def plain(model_dir: Path, folder: Path, share: float, rounds: int) -> dict[str,
 
 def compare(action: str, model_dir: Path, folder: Path, rounds: int) -> dict[str, object]:
     """Both sides in turn; rates, their ratio with and without our start, and whether the tokens are equal."""
-    whole, start, peer, equal = [], [], [], {}
+    running, whole, start, peer, equal = [], [], [], [], {}
     for number in range(rounds):
         ours = run(sys.executable, "data_ours.py", action, folder / "all.jsonl", model_dir, folder / f"ours{number}")
         theirs = run(peers_python(), "data_peers.py", action, folder / "first.jsonl", model_dir, folder / "theirs.npz")
@@ -87,11 +87,11 @@ def compare(action: str, model_dir: Path, folder: Path, rounds: int) -> dict[str
             folder / f"ours{number}" / "documents" / "00000", folder / "theirs.npz", folder / "first.jsonl", model_dir, action == "chat"
         )
         shutil.rmtree(folder / f"ours{number}")
-        whole.append(ours["rows"] / ours["cpu"])
+        running.append(ours["rows"] / ours["cpu"])
+        whole.append(ours["rows"] / (ours["cpu"] + ours["start"]))
         start.append(ours["start"])
         peer.append(theirs["rows"] / theirs["cpu"])
     rows = ours["rows"]
-    running = [rows / (rows / rate - begin) for rate, begin in zip(whole, start, strict=True)]
     size = (folder / "all.jsonl").stat().st_size
     return {
         "tokenizer": model_dir.name,

@@ -50,7 +50,7 @@ def workers(count: int) -> Iterator[Executor]:
 def _begin(parent: int) -> None:
     die_with_parent(parent)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
-    os.environ["RAYON_NUM_THREADS"] = "1"
+    os.environ |= {"RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
 
 
 @contextmanager

@@ -312,19 +312,19 @@ REJECTED = (
     ("qwen2_5", Conversation((Message("developer", "x"), USER, ANSWER)), "message 0: .* no role 'developer'"),
     ("qwen3", Conversation((USER, ANSWER, Message("developer", "x"))), "message 2: .* no role 'developer'"),
     ("llama3_2", Conversation((ANSWER, USER, ANSWER), (TOOL,)), "tools into the first user turn"),
-    ("llama3_2", Conversation((USER, replace(CALL, content="x"))), "leaves out the words beside a tool call"),
-    ("llama3_2", Conversation((USER, replace(CALL, tool_calls=CALL.tool_calls * 2))), "one tool call a turn"),
+    ("llama3_2", Conversation((USER, CALL._replace(content="x"))), "leaves out the words beside a tool call"),
+    ("llama3_2", Conversation((USER, CALL._replace(tool_calls=CALL.tool_calls * 2))), "one tool call a turn"),
     ("gemma", Conversation((ANSWER, USER, ANSWER)), "take turns, the user first; turn 1 is 'assistant'"),
     ("gemma", Conversation((USER, ANSWER, Message("system", "x"))), "turn 3 is 'system'"),
     ("mistral", Conversation((Message("system", "x"), USER, ANSWER)), "put it into the first user turn"),
     ("mistral", Conversation((USER, USER, ANSWER)), "turn 2 is 'user'"),
-    ("mistral", Conversation((USER, replace(CALL, tool_calls=(ToolCall("f", {}, "1"),)))), "message 1: .* 9 characters, found '1'"),
+    ("mistral", Conversation((USER, CALL._replace(tool_calls=(ToolCall("f", {}, "1"),)))), "message 1: .* 9 characters, found '1'"),
     ("mistral", Conversation((USER, CALL, Message("tool", "x"))), "message 2: .* 9 characters, found None"),
     ("mistral", Conversation((USER, Message("developer", "x"))), "no role 'developer'"),
     ("deepseek_v3", Conversation((USER, CALL)), "no place for tool calls"),
     ("deepseek_v3", Conversation((USER, Message("tool", "x"), ANSWER)), "no role 'tool'"),
     ("gpt_oss", Conversation((USER, Message("tool", "x"), ANSWER)), "message 1: a tool's result without a call"),
-    ("gpt_oss", Conversation((USER, replace(CALL, content="x", thinking="y"))), "either words or thinking"),
+    ("gpt_oss", Conversation((USER, CALL._replace(content="x", thinking="y"))), "either words or thinking"),
     ("gpt_oss", Conversation((USER, ANSWER), (TOOL,)), "the tool 'f' has no description"),
     ("glm", Conversation((USER, Message("developer", "x"), ANSWER)), "no role 'developer'"),
     ("phi", Conversation((USER, Message("tool", "x"), ANSWER)), "no role 'tool'"),
@@ -342,7 +342,7 @@ def test_a_turn_without_loss_carries_none(name: str) -> None:
     """Every shipped template is also one of the cases above."""
     assert name in {case.template for case in CASES}
     render = find_template(name).render
-    assert not any(piece.loss for piece in render(Conversation((USER, replace(ANSWER, loss=False), USER, replace(ANSWER, loss=False)))))
-    first, last = replace(ANSWER, content="first"), replace(ANSWER, content="last", loss=False)
+    assert not any(piece.loss for piece in render(Conversation((USER, ANSWER._replace(loss=False), USER, ANSWER._replace(loss=False)))))
+    first, last = ANSWER._replace(content="first"), ANSWER._replace(content="last", loss=False)
     learned = "".join(piece[0] for piece in render(Conversation((USER, first, USER, last))) if piece.loss)
     assert "first" in learned and "last" not in learned

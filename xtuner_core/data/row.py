@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from xtuner_core.data.jsonl import MAX_LINE_BYTES, Rejected, parse, too_long
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
+class Row(NamedTuple):
     """One line, element or row.
 
     `number` counts from 1 within its part; `offset` is in bytes of the unpacked file, -1 where rows have none (parquet, arrow).

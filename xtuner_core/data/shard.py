@@ -16,9 +16,10 @@ import gc
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
 from itertools import islice
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ import numpy as np
 
 from xtuner_core import registry
 from xtuner_core.data import formats
-from xtuner_core.data.conversation import Conversation, Passage, Sample
+from xtuner_core.data.conversation import Conversation, Passage, Preference, Prompt
 from xtuner_core.data.dataset import join_documents, write_documents
 from xtuner_core.data.inputs import Part, Row, rows
 from xtuner_core.data.jsonl import Rejected
@@ -88,6 +89,11 @@ class _Shard:
     def reject(self, row: Row, reason: str) -> None:
         self.tally.rejected += 1
         self.rejected.append({"line": row.number, "byte_offset": row.offset, "reason": reason})
+
+    def keep(self, row: Row, sample: Preference | Prompt) -> None:
+        self.tally.accepted += 1
+        self.tally.kept += 1
+        self.kept.append({"line": row.number, "kind": type(sample).__name__.lower(), **sample.as_dict()})
 
 
 def tokenize_part(part: Part, model_dir: Path, encoding: Encoding, folder: Path) -> Tally:
@@ -167,7 +173,10 @@ def _write_lines(path: Path, values: Iterable[Any]) -> None:
         stream.writelines(json.dumps(value, ensure_ascii=False) + "\n" for value in values)
 
 
-Pending = tuple[Row, Sample, list[Piece]]
+Learned = Conversation | Passage
+LATER = (Preference, Prompt)
+FIRST = itemgetter(0)
+Pending = tuple[Row, Learned, list[Piece]]
 
 
 def _documents(every: Iterable[Row], tokenizer: ChatTokenizer, model_dir: Path, encoding: Encoding, shard: _Shard) -> Iterator[Tokenized]:
@@ -184,36 +193,34 @@ def _documents(every: Iterable[Row], tokenizer: ChatTokenizer, model_dir: Path, 
         else:
             try:
                 sample = parse(row.value)
+                if isinstance(sample, LATER):
+                    shard.keep(row, sample)
+                    continue
                 pieces = render(sample)
             except Rejected as reason:
                 shard.reject(row, str(reason))
                 continue
-            if pieces is None:
-                shard.kept.append({"line": row.number, "kind": type(sample).__name__.lower(), **asdict(sample)})
-                shard.tally.kept += 1
-                shard.tally.accepted += 1
-                continue
             waiting.append((row, sample, pieces))
-            characters += sum(len(piece[0]) for piece in pieces)
+            characters += sum(map(len, map(FIRST, pieces)))
             if len(waiting) >= BATCH_ROWS or characters >= BATCH_CHARACTERS:
                 yield _encode(waiting, tokenizer, render, encoding, shard)
                 waiting, characters = [], 0
     yield _encode(waiting, tokenizer, render, encoding, shard)
 
 
-Render = Callable[[Sample], list[Piece] | None]
+Render = Callable[[Learned], list[Piece]]
 
 
 def _renderer(tokenizer: ChatTokenizer, model_dir: Path, encoding: Encoding) -> Render:
-    """Sample → pieces with loss; None for a kind that is only kept."""
+    """Sample → pieces with loss."""
     chat = renderer(encoding.template, model_dir, tokenizer)
     end = Control(tokenizer.eos, loss=True) if tokenizer.eos else Control(find_template(encoding.template).STOP, loss=True)
     plain = encoding.loss == "all" and encoding.thinking == "keep"
 
-    def render(sample: Sample) -> list[Piece] | None:
-        if isinstance(sample, Conversation):
-            return list(chat(sample if plain else _as_asked(sample, encoding)))
-        return [Text(sample.text, loss=True), end] if isinstance(sample, Passage) else None
+    def render(sample: Learned) -> list[Piece]:
+        if isinstance(sample, Passage):
+            return [Text(sample.text, loss=True), end]
+        return list(chat(sample if plain else _as_asked(sample, encoding)))
 
     return render
 
@@ -221,10 +228,10 @@ def _renderer(tokenizer: ChatTokenizer, model_dir: Path, encoding: Encoding) -> 
 def _as_asked(conversation: Conversation, encoding: Encoding) -> Conversation:
     messages = conversation.messages
     if encoding.thinking == "drop":
-        messages = tuple(replace(message, thinking=None) for message in messages)
+        messages = tuple(message._replace(thinking=None) for message in messages)
     if encoding.loss == "last":
         last = max((index for index, message in enumerate(messages) if message.role == "assistant"), default=-1)
-        messages = tuple(replace(message, loss=message.loss and index == last) for index, message in enumerate(messages))
+        messages = tuple(message._replace(loss=message.loss and index == last) for index, message in enumerate(messages))
     return Conversation(messages, conversation.tools)
 
 
@@ -269,12 +276,12 @@ def _fit_each(
     return Tokenized.of(fitted)
 
 
-def _fitted(sample: Sample, document: Document, tokenizer: ChatTokenizer, render: Render, encoding: Encoding) -> list[Document]:
+def _fitted(sample: Learned, document: Document, tokenizer: ChatTokenizer, render: Render, encoding: Encoding) -> list[Document]:
     if not isinstance(sample, Conversation):
         if made := list(chunks(document, encoding.max_length)):
             return made
         raise Rejected("nothing to learn: fewer than two tokens")
-    return [fit(sample, document, encoding.too_long, encoding.max_length, lambda shorter: encode(tokenizer, [render(shorter) or []])[0])]
+    return [fit(sample, document, encoding.too_long, encoding.max_length, lambda shorter: encode(tokenizer, [render(shorter)])[0])]
 
 
 def _keep_samples(shard: _Shard, waiting: list[Pending], batch: Tokenized, tokenizer: ChatTokenizer, encoding: Encoding) -> None:

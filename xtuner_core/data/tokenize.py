@@ -7,7 +7,7 @@ So the ids equal the model's own chat template, and no content can forge a turn.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -75,30 +75,33 @@ def load_tokenizer(model_dir: Path, fast: bool = False) -> ChatTokenizer:
     path = model_dir / "tokenizer.json"
     try:
         tree = json.loads(path.read_text(encoding="utf-8"))
-        whole = Tokenizer.from_str(json.dumps(tree))
+        vocabulary = _vocabulary(tree["model"])
+        words = _words(tree["added_tokens"], vocabulary)
+        control = {entry["content"]: entry["id"] for entry in tree["added_tokens"] if entry["content"] not in words}
+        # Without control tokens no text can become one; without a post-processor nothing is added, and offsets stay exact.
+        kept = {"model": _without_merges_to(control, tree["model"]), "added_tokens": list(words.values())}
+        text = json.dumps({**tree, **kept, "post_processor": None, "truncation": None, "padding": None})
+        plain = Tokenizer.from_str(text)
     except Exception as error:  # the tokenizers library raises bare Exception for a malformed file
         raise RecipeError(f"{path}: not a tokenizer ({error}). The base model's folder needs a fast tokenizer (tokenizer.json).") from None
-    words = _words(tree)
-    control = {entry["content"]: entry["id"] for entry in tree["added_tokens"] if entry["content"] not in words}
-    vocab_size = whole.get_vocab_size(with_added_tokens=True)
+    vocab_size = plain.get_vocab_size(with_added_tokens=True) + len(control.keys() - vocabulary)
     special = np.zeros(max([vocab_size, *(number + 1 for number in control.values())]), dtype=bool)
     special[[entry["id"] for entry in tree["added_tokens"] if entry["special"]]] = True
-    # Without control tokens no text can become one; without a post-processor nothing is added, and offsets stay exact.
-    kept = {"model": _without_merges_to(control, tree["model"]), "added_tokens": list(words.values())}
-    text = json.dumps({**tree, **kept, "post_processor": None, "truncation": None, "padding": None})
-    plain = Tokenizer.from_str(text)
     encoder = (fast_encoder(text, plain) if fast else None) or reference_encoder(plain)
     return ChatTokenizer(plain, encoder, control, special, _eos(model_dir, control), vocab_size)
 
 
-def _words(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+def _vocabulary(model: dict[str, Any]) -> Collection[str]:
+    """The words of the model, without added tokens."""
+    return model["vocab"] if isinstance(model["vocab"], dict) else {word for word, _ in model["vocab"]}
+
+
+def _words(added: list[dict[str, Any]], vocabulary: Collection[str]) -> dict[str, dict[str, Any]]:
     """The added tokens that are ordinary words of the vocabulary too: Gemma's line breaks, runs of blanks and HTML tags.
 
     SentencePiece calls them user-defined symbols. Text may become them; what is special or stands outside the vocabulary it may not.
     """
-    vocabulary = tree["model"]["vocab"]
-    known = vocabulary if isinstance(vocabulary, dict) else {word for word, _ in vocabulary}
-    return {entry["content"]: entry for entry in tree["added_tokens"] if not entry["special"] and entry["content"] in known}
+    return {entry["content"]: entry for entry in added if not entry["special"] and entry["content"] in vocabulary}
 
 
 def _without_merges_to(control: dict[str, int], model: dict[str, Any]) -> dict[str, Any]:

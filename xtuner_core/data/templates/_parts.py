@@ -35,8 +35,9 @@ def refuse_tools(conversation: Conversation, template: str) -> None:
     """Raise Rejected for tools and tool calls, which the template would leave out without a word."""
     if conversation.tools:
         raise Rejected(f"the {template} template has no place for tools")
-    for index, message in enumerate(conversation.messages):
+    for message in conversation.messages:
         if message.tool_calls:
+            index = conversation.messages.index(message)
             raise Rejected(f"message {index}: the {template} template has no place for tool calls")
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 
-from xtuner_core.data.conversation import Conversation
+from xtuner_core.data.conversation import ROLES, Conversation
 from xtuner_core.data.pieces import Control, Piece, Text
 from xtuner_core.data.templates._parts import either, refuse_tools
 
@@ -18,15 +19,15 @@ STOP = "<|im_end|>"
 START = Control("<|im_start|>")
 END = either(STOP)
 NEWLINE = Text("\n")
+HEADERS = {role: Text(f"{role}\n") for role in ROLES}
 
 
 def render(conversation: Conversation) -> Iterator[Piece]:
     """Each turn is `<|im_start|>role\\n content <|im_end|>\\n`; content and end token of a learned turn carry loss."""
     refuse_tools(conversation, "ChatML")
-    for message in conversation.messages:
-        yield from turn(message.role, message.content, message.loss)
+    return chain.from_iterable([turn(role, content, loss) for role, content, loss, *_ in conversation.messages])
 
 
 def turn(role: str, content: str, loss: bool = False) -> tuple[Piece, ...]:
     """One turn in ChatML."""
-    return START, Text(f"{role}\n"), Text(content, loss), END[loss], NEWLINE
+    return START, HEADERS[role], Text(content, loss), END[loss], NEWLINE

@@ -13,6 +13,7 @@ messages = st.builds(
     Message,
     role=st.sampled_from(ROLES),
     content=st.text(max_size=9),
+    loss=st.just(False),
     thinking=maybe,
     tool_calls=st.lists(calls, max_size=2).map(tuple),
     name=maybe,
