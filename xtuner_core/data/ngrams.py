@@ -6,6 +6,7 @@ so it has an inverse) the hashes of all windows of any length cost one subtracti
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -46,15 +47,19 @@ def blocks(shards: Sequence[Shard]) -> Iterator[Block]:
     for shard in shards:
         offsets = np.asarray(shard.offsets)
         for start, end in cuts(offsets, BLOCK):
-            yield Block(_read(shard, int(offsets[start]), int(offsets[end])), offsets[start : end + 1] - offsets[start], first + start)
+            ids = _read(shard, offsets[start : start + 1], offsets[end : end + 1] - offsets[start])
+            yield Block(ids, offsets[start : end + 1] - offsets[start], first + start)
         first += len(offsets) - 1
 
 
-def _read(shard: Shard, start: int, end: int) -> np.ndarray:
-    """Tokens of a file, read and not mapped: mapped pages would count as our memory, and all are looked at once only."""
+def _read(shard: Shard, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+    """Ranges of tokens end to end, read and not mapped: mapped pages would count as our memory, and nearly all are looked at once only."""
     if isinstance(shard, Block):
-        return shard.ids[start:end]
-    return np.fromfile(shard.folder / "ids.bin", np.uint32, end - start, offset=start * np.dtype(np.uint32).itemsize)
+        return shard.ids[_ranges(starts, lengths)]
+    size = np.dtype(np.uint32).itemsize
+    ranges = zip((starts * size).tolist(), (lengths * size).tolist(), strict=True)
+    with open(shard.folder / "ids.bin", "rb", buffering=0) as file:
+        return np.frombuffer(b"".join([os.pread(file.fileno(), length, start) for start, length in ranges]), np.uint32)
 
 
 def cuts(offsets: np.ndarray, size: int) -> Iterator[tuple[int, int]]:
@@ -79,7 +84,7 @@ def gather(shards: Sequence[Shard], numbers: np.ndarray) -> Block:
     ids = np.empty(target[-1], np.uint32)
     for index in np.unique(owner):
         here = owner == index
-        ids[_ranges(target[:-1][here], lengths[here])] = shards[index].ids[_ranges(left[here], lengths[here])]
+        ids[_ranges(target[:-1][here], lengths[here])] = _read(shards[index], left[here], lengths[here])
     return Block(ids, target)
 
 
