@@ -32,6 +32,8 @@ import numpy as np
 import psutil
 from data_input import write_chats, write_texts
 
+from pipelines.workers import ENVIRONMENT
+
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent
 RESULTS = HERE / "results" / "data.json"
@@ -81,8 +83,8 @@ def compare(action: str, model_dir: Path, folder: Path, rounds: int) -> dict[str
     """Both sides in turn; rates, their ratio with and without our start, and whether the tokens are equal."""
     running, whole, start, peer, equal = [], [], [], [], {}
     for number in range(rounds):
-        ours = run(sys.executable, "data_ours.py", action, folder / "all.jsonl", model_dir, folder / f"ours{number}")
-        theirs = run(peers_python(), "data_peers.py", action, folder / "first.jsonl", model_dir, folder / "theirs.npz")
+        ours = run(sys.executable, ENVIRONMENT, "data_ours.py", action, folder / "all.jsonl", model_dir, folder / f"ours{number}")
+        theirs = run(peers_python(), {}, "data_peers.py", action, folder / "first.jsonl", model_dir, folder / "theirs.npz")
         equal = require_equal(
             folder / f"ours{number}" / "documents" / "00000", folder / "theirs.npz", folder / "first.jsonl", model_dir, action == "chat"
         )
@@ -184,10 +186,10 @@ def peers_python() -> Path:
     return python
 
 
-def run(python: str | Path, script: str, *arguments: str | Path) -> dict[str, float]:
+def run(python: str | Path, environment: dict[str, str], script: str, *arguments: str | Path) -> dict[str, float]:
     """The last line that one of the two sides prints."""
     command = [str(python), str(HERE / script), *map(str, arguments)]
-    done = subprocess.run(command, env=ALONE, capture_output=True, text=True)
+    done = subprocess.run(command, env={**ALONE, **environment}, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(f"{script}: {done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -7,14 +7,11 @@ python data_ours.py plain INPUT MODEL_DIR OUTPUT_FOLDER    the same without pack
 from __future__ import annotations
 
 import json
-import os
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
-
-os.environ |= {"RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}  # as a worker of stage prepare
 
 from pipelines.shards import PART_BYTES
 from xtuner_core.data import formats, templates

@@ -12,6 +12,14 @@ from typing import Any
 
 from pipelines.processes import die_with_parent
 
+ENVIRONMENT = {
+    "TOKENIZERS_PARALLELISM": "false",  # one thread each: the processes are the parallelism
+    "RAYON_NUM_THREADS": "1",
+    "FASTOKENS_BPE_THREADS": "1",
+    "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1",  # large pages
+}
+"""What is set for each process that tokenizes."""
+
 
 class Here(Executor):
     """Does the work at once, in this process; what it raises comes out of `submit`."""
@@ -35,7 +43,7 @@ def workers(count: int) -> Iterator[Executor]:
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, (os.getpid(),))
     try:
-        with _later(signal.SIGINT):  # a process is born with our mask: a Ctrl-C is for us, and we end them
+        with _later(signal.SIGINT), _environment(ENVIRONMENT):  # born with our mask: a Ctrl-C is for us, and we end them
             for _ in range(count):
                 pool.submit(os.getpid)
         yield pool
@@ -49,8 +57,21 @@ def workers(count: int) -> Iterator[Executor]:
 
 def _begin(parent: int) -> None:
     die_with_parent(parent)
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one thread each: the processes are the parallelism
-    os.environ |= {"RAYON_NUM_THREADS": "1", "FASTOKENS_BPE_THREADS": "1"}
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """Set environment variables until the block ends: an allocator reads its own before any of our code runs."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 @contextmanager

@@ -82,12 +82,10 @@ def _spans(loss: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarra
     """Ranges of tokens with loss `[spans, 2]`, cut where a document ends, and how many each document has `[documents]`."""
     ends = np.cumsum(lengths, dtype=np.int64)
     starts = ends - lengths
-    before, after = np.zeros(len(loss) + 1, bool), np.zeros(len(loss) + 1, bool)
-    before[1:], after[:-2] = loss, loss[1:]
-    before[starts] = False
-    after[ends[lengths > 0] - 1] = False
-    first = np.flatnonzero(loss & ~before[:-1])
-    end = np.flatnonzero(loss & ~after[:-1]) + 1
+    changes = np.flatnonzero(loss[1:] != loss[:-1]) + 1
+    first, last = starts[lengths > 0], ends[lengths > 0]  # of the documents that are not empty
+    first = np.unique(np.concatenate([changes[loss[changes]], first[loss[first]]]))
+    end = np.unique(np.concatenate([changes[~loss[changes]], last[loss[last - 1]]]))
     counts = np.searchsorted(first, ends) - np.searchsorted(first, starts)
     return np.stack([first, end], axis=1), counts
 
