@@ -8,7 +8,7 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
-from xtuner_core.adapters.lora import add_lora
+from xtuner_core import adapters, registry
 from xtuner_core.checkpoint import state, store
 from xtuner_core.config import SftConfig
 from xtuner_core.data.dataset import PackedDataset
@@ -105,8 +105,7 @@ def build(config: SftConfig, world: World) -> tuple[PreTrainedModel, torch.optim
     model = load_model(config.model_dir, config.train)
     require_plain_head(model)
     model.train()
-    if config.train.method == "lora":
-        add_lora(model, config.train.lora, config.seed)
+    registry.find(adapters, config.train.method).prepare(model, config.train, config.seed)
     model.to(world.device)  # pyright: ignore[reportArgumentType]
     trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
     say(world.rank, f"Total trainable parameters: {trained / 1e6:.1f}M, total parameters: {every / 1e6:.1f}M")

@@ -12,11 +12,22 @@ from peft import inject_adapter_in_model
 from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
-from xtuner_core.config import LoraConfig
+from xtuner_core.config import LoraConfig, TrainConfig
 from xtuner_core.durable import write_json
 from xtuner_core.errors import RecipeError
+from xtuner_core.models.precision import COMPUTE
 
 ADAPTER = "default"
+
+
+def load_options(train: TrainConfig) -> dict[str, Any]:
+    """A frozen base is kept in the precision it computes in."""
+    return {"dtype": COMPUTE[train.dtype]}
+
+
+def prepare(model: PreTrainedModel, train: TrainConfig, seed: int) -> None:
+    """Freeze the model and add adapters (RecipeError: a target name matches nothing)."""
+    add_lora(model, train.lora, seed)
 
 
 def peft_config(lora: LoraConfig) -> PeftLoraConfig:
