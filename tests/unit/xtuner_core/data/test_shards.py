@@ -17,9 +17,11 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from pipelines import prepare, shards
+from pipelines import prepare
 from pipelines.recipe import PROJECT, load_recipe
+from xtuner_core.data import shards
 from xtuner_core.data.dataset import Documents
+from xtuner_core.data.prepare import KEPT_SAMPLES
 from xtuner_core.errors import DataError, Interrupted
 
 TINY = "qwen3_tiny_full_openai"
@@ -45,7 +47,7 @@ class Cache:
 
     def jobs(self, files: list[Path], *overrides: str) -> list[shards.Job]:
         recipe = load_recipe(TINY, [f"data.train=[{','.join(map(str, files))}]", *overrides])
-        return prepare.plan(recipe, self.model, self.told.append)[1]
+        return prepare.plan(recipe, self.model, self.told.append).jobs
 
     def fill(self, files: list[Path], *overrides: str, processes: int = 1) -> int:
         return shards.tokenize(self.jobs(files, *overrides), self.folder, processes, self.told.append)
@@ -207,7 +209,7 @@ def test_a_file_that_changes_meanwhile_never_gets_the_old_name(cache: Cache, tmp
 def contents(shard: Path) -> dict[str, bytes]:
     """Every file of a shard; of the samples those that are used."""
     found = {file.name: file.read_bytes() for file in shard.iterdir() if file.name != shards.SEAL}
-    return found | {"samples.jsonl": b"\n".join(found["samples.jsonl"].splitlines()[: prepare.KEPT_SAMPLES])}
+    return found | {"samples.jsonl": b"\n".join(found["samples.jsonl"].splitlines()[: KEPT_SAMPLES])}
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -247,14 +249,15 @@ def test_a_mistake_in_one_file_stops_all_and_keeps_what_is_finished(cache: Cache
 RUN = """
 import sys
 from pathlib import Path
-from pipelines import prepare, shards
+from pipelines import prepare
 from pipelines.recipe import load_recipe
+from xtuner_core.data import shards
 
 if __name__ == "__main__":
     files, cache, model = sys.argv[1].split(","), Path(sys.argv[2]), Path(sys.argv[3])
     shards.PART_BYTES = int(sys.argv[4])
     recipe = load_recipe("qwen3_tiny_full_openai", [f"data.train=[{','.join(files)}]"])
-    jobs = prepare.plan(recipe, model, print)[1]
+    jobs = prepare.plan(recipe, model, print).jobs
     print("ready", flush=True)
     try:
         print("made", shards.tokenize(jobs, cache, 2, print), flush=True)
