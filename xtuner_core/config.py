@@ -31,7 +31,7 @@ Paths = Annotated[tuple[str, ...], BeforeValidator(_split_paths)]
 
 def _split_names(value: Any) -> Any:
     """`q_proj` or `q_proj,v_proj` from the command line means a list of names."""
-    return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
 
 
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_split_names)]
@@ -102,9 +102,14 @@ class LoraConfig(Config):
     rank: int = Field(default=16, ge=1, description="Rank of the update matrices.")
     alpha: int = Field(default=32, ge=1, description="The update is scaled by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: str | tuple[str, ...] = Field(
-        default="all-linear", description="Names of the linear layers that get an adapter, or all-linear (all but the head)."
+    targets: Names = Field(
+        default=("all-linear",),
+        min_length=1,
+        description="Linear layers that get an adapter, by name or the end of it (q_proj, layers.0.self_attn.q_proj), or all-linear "
+        "(all but the head).",
     )
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, arXiv:2312.03732).")
+    dora: bool = Field(default=False, description="Learn the length of each output row apart from its direction (arXiv:2402.09353).")
 
 
 class TrainConfig(Config):
