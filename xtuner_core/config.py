@@ -10,8 +10,6 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from xtuner_core import adapters, registry
-
 
 class Config(BaseModel):
     """Base of every section: immutable, and an unknown field is an error."""
@@ -168,8 +166,6 @@ class TrainConfig(Config):
             raise ValueError("give epochs or total_step, not both")
         if self.global_batch_size % self.processes:
             raise ValueError(f"global_batch_size ({self.global_batch_size}) must be a multiple of processes ({self.processes})")
-        if self.method not in (known := registry.names(adapters)):
-            raise ValueError(f"method {self.method!r} is not one of {', '.join(known)}")
         if self.freeze and self.method != "full":
             raise ValueError(f"freeze is for method full; method {self.method} freezes all the model's own weights")
         if self.lr_min > self.lr:

@@ -151,6 +151,7 @@ def test_inputs_come_before_what_needs_them_and_the_five_stages_are_there() -> N
         ("eval.evaluator=nobody", RecipeError),
         ("chat.chatter=nobody", RecipeError),
         ("train.launcher=nobody", RecipeError),
+        ("train.method=nobody", RecipeError),
         ("train.optimizer=nobody", RecipeError),
         ("train.scheduler=nobody", RecipeError),
         ("data.packing=nobody", RecipeError),

@@ -25,7 +25,6 @@ GOOD: dict[str, Any] = {"model_dir": "m", "data_dir": "d", "work_dir": "w", "tra
         ({"global_batch_size": 3, "processes": 2}, r"global_batch_size \(3\) must be a multiple of processes \(2\)"),
         ({"lr": 1e-6, "lr_min": 1e-5}, "lr_min .* is greater than lr"),
         ({"learning_rate": 1}, "learning_rate"),
-        ({"method": "dora"}, "method .dora. is not one of full, lora"),
         ({"lr": 0}, "greater than 0"),
         ({"lr": float("nan")}, "finite number"),
         ({"lr": float("inf")}, "finite number"),
