@@ -58,6 +58,10 @@ class Muon(torch.optim.AdamW):
                         parameter.grad = None
         return super().step(closure)
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """AdamW's own also turns states of very old files into tensors, and fails where a parameter has no `step`."""
+        torch.optim.Optimizer.__setstate__(self, state)
+
 
 def update(
     parameter: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], learning_rate: float, weight_decay: float
