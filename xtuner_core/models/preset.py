@@ -53,17 +53,18 @@ def create_from_preset(name: str, folder: Path, seed: int) -> None:
     create_from_config(json.loads(preset_file(name).read_text(encoding="utf-8")), folder, seed)
 
 
-def create_from_config(fields: Json, folder: Path, seed: int, tokenizer_dir: Path | None = None) -> None:
-    """Write a complete Hugging Face folder of the model that a `config.json`'s fields describe, with the byte tokenizer or another's.
+def create_from_config(fields: Json, folder: Path, seed: int, tokenizer_dir: Path | None = None, template: str = "chatml") -> None:
+    """Write a complete Hugging Face folder of the model that a `config.json`'s fields describe.
+
+    It has the tokenizer of `tokenizer_dir` or, without one, the byte tokenizer with the control tokens of `template`.
 
     Raises:
-        RecipeError: transformers does not know such a model.
+        RecipeError: transformers does not know such a model, or there is no such template.
     """
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from xtuner_core.checkpoint.hf import make_portable, save_model
-    from xtuner_core.data.byte_tokenizer import write_byte_tokenizer
 
     try:
         config = AutoConfig.for_model(**fields)
@@ -73,23 +74,23 @@ def create_from_config(fields: Json, folder: Path, seed: int, tokenizer_dir: Pat
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RecipeError(f"the model's config: transformers cannot build such a model: {error}") from None
     if tokenizer_dir is None:
-        model.generation_config = _byte_generation()
+        model.generation_config = _speak_bytes(folder, template)
     save_model(model, folder)
-    if tokenizer_dir is None:
-        write_byte_tokenizer(folder)
-    else:
+    if tokenizer_dir is not None:
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).is_file():
                 shutil.copyfile(tokenizer_dir / name, folder / name)
     make_portable(folder)
 
 
-def _byte_generation() -> GenerationConfig:
-    """An answer ends with the byte tokenizer's end of turn or end of text."""
+def _speak_bytes(folder: Path, template: str) -> GenerationConfig:
+    """Write the byte tokenizer; an answer ends with the template's end of turn or with end of text."""
     from transformers import GenerationConfig
 
-    from xtuner_core.data.byte_tokenizer import BYTES, CONTROLS
-    from xtuner_core.data.templates.chatml import STOP
+    from xtuner_core.data.byte_tokenizer import BYTES, write_byte_tokenizer
+    from xtuner_core.data.render import control_tokens, find_template
 
-    bos, eos, pad, *_ = range(BYTES, BYTES + len(CONTROLS))
-    return GenerationConfig(bos_token_id=bos, eos_token_id=[BYTES + CONTROLS.index(STOP), eos], pad_token_id=pad)
+    chosen, turns = find_template(template), control_tokens(template)
+    write_byte_tokenizer(folder, turns, chosen.JINJA)
+    bos, eos, pad, first = range(BYTES, BYTES + 4)
+    return GenerationConfig(bos_token_id=bos, eos_token_id=[first + turns.index(chosen.STOP), eos], pad_token_id=pad)
