@@ -49,9 +49,10 @@ def render(conversation):
 
 METHOD = """
 import torch
+from transformers import AutoModelForCausalLM
 
-def load_options(train):
-    return {"dtype": torch.float64}
+def load(model_dir, train, **options):
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, **options)
 
 def prepare(model, train, seed):
     for name, parameter in model.named_parameters():

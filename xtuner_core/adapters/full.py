@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xtuner_core.config import TrainConfig
 from xtuner_core.errors import RecipeError
 from xtuner_core.models.precision import COMPUTE
 
 
-def load_options(train: TrainConfig) -> dict[str, Any]:
+def load(model_dir: Path, train: TrainConfig, **options: Any) -> PreTrainedModel:
     """Trained weights are kept in fp32."""
-    return {"dtype": torch.float32}
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, **options)
 
 
 def prepare(model: PreTrainedModel, train: TrainConfig, seed: int) -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xtuner_core.config import LoraConfig, TrainConfig
 from xtuner_core.durable import write_json
@@ -21,9 +21,9 @@ ADAPTER = "default"
 ALL_LINEAR = "all-linear"
 
 
-def load_options(train: TrainConfig) -> dict[str, Any]:
+def load(model_dir: Path, train: TrainConfig, **options: Any) -> PreTrainedModel:
     """A frozen base is kept in the precision it computes in."""
-    return {"dtype": COMPUTE[train.dtype]}
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=COMPUTE[train.dtype], **options)
 
 
 def prepare(model: PreTrainedModel, train: TrainConfig, seed: int) -> None:

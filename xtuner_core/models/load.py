@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from xtuner_core import adapters, registry
 from xtuner_core.config import TrainConfig
@@ -19,11 +19,8 @@ def load_model(model_dir: Path, train: TrainConfig) -> PreTrainedModel:
         RecipeError: the folder is not a model that transformers can load.
     """
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            model_dir,
-            attn_implementation=attention.register(),
-            local_files_only=True,
-            **registry.find(adapters, train.method).load_options(train),
+        model = registry.find(adapters, train.method).load(
+            model_dir, train, attn_implementation=attention.register(), local_files_only=True
         )
     except (OSError, ValueError, KeyError) as error:
         raise RecipeError(f"{model_dir}: transformers cannot load this model: {error}") from None
