@@ -1,4 +1,4 @@
-"""Every method on one process and on two, and resumed: the same training."""
+"""Every method on one process and on two, and resumed: the same training; and the whole model that convert makes of it."""
 
 from __future__ import annotations
 
@@ -11,7 +11,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pipelines import convert
+from pipelines.recipe import load_recipe
+from pipelines.stage import Metrics, Work
 from xtuner_core import trainer
 from xtuner_core.checkpoint.store import load_whole
 from xtuner_core.config import SftConfig
@@ -66,8 +71,28 @@ def assert_close(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -
         assert (tensor - other[name]).norm() <= 0.02 * tensor.norm(), name
 
 
+def converted(config: SftConfig, model: Path, data: Path, folder: Path) -> Metrics:
+    """The convert stage on a run's final folder, exported as fp32 into `folder/payload`."""
+    recipe = load_recipe("qwen3_tiny_full_openai", ["convert.dtype=float32"]).model_copy(update={"train": config.train})
+    parts = {part: folder / part for part in ("payload", "record", "scratch", "cache")}
+    for part in parts.values():
+        part.mkdir()
+    shutil.copytree(config.work_dir / "final", folder / "trained" / "checkpoint")
+    inputs = {"base": model.parent, "data": data, "checkpoint": folder / "trained"}
+    return convert.run(recipe, Work(inputs, **parts, log=print))
+
+
+def load(folder: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True).eval()
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(input_ids=torch.arange(40)[None]).logits
+
+
 @pytest.mark.parametrize("name", METHODS)
-def test_one_process_two_and_a_resumed_run_train_the_same(
+def test_one_process_two_and_a_resumed_run_train_the_same_and_convert_makes_it_whole(
     name: str, on_two: dict[str, Path], world: World, stop: StopRequest, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
 ) -> None:
     config = new_run(name, tmp_path / "one", tiny_model_folder, tiny_data)
@@ -79,3 +104,13 @@ def test_one_process_two_and_a_resumed_run_train_the_same(
     again = resumed(config, config.work_dir, tmp_path / "again", world, stop)
     assert again.keys() == one.keys() and all(torch.equal(again[tensor], one[tensor]) for tensor in one)
     assert_close(one, resumed(config, on_two[name], tmp_path / "from two", world, stop))
+    metrics = converted(config, tiny_model_folder, tiny_data, tmp_path)
+    whole, base = load(tmp_path / "payload" / "model"), load(tiny_model_folder)
+    if config.train.method == "full":
+        kept = {name for name, tensor in base.state_dict().items() if torch.equal(tensor, whole.state_dict()[name])}
+        assert {name for name in base.state_dict() if name not in one} <= kept and "model.layers.1.mlp.up_proj.weight" not in kept
+    else:  # after QLoRA too, adapter and merge are for the base as it was before it was quantized
+        assert metrics["merge_error"] <= convert.MERGE_TOLERANCE
+        before, expected = logits(base), logits(PeftModel.from_pretrained(base, str(tmp_path / "payload" / "adapter")).eval())
+        assert (expected - before).abs().max() > 0.01 * before.abs().max()
+        assert (logits(whole) - expected).abs().max() <= 1e-5 * expected.abs().max()
