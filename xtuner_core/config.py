@@ -115,12 +115,13 @@ class TrainConfig(Config):
 
     method: str = Field(
         default="full",
-        description="What is trained, a module of xtuner_core/adapters: full (the model's own weights) or lora (low-rank adapters).",
+        description="What is trained, a module of xtuner_core/adapters: full (the model's own weights), lora (low-rank adapters beside "
+        "frozen weights) or qlora (the same, the frozen weights in 4 bits).",
     )
     freeze: Names = Field(
         default=(), description="Parameters that method full leaves as they are: names, or patterns such as model.layers.0.*"
     )
-    lora: LoraConfig = Field(default=LoraConfig(), description="Used when method is lora.")
+    lora: LoraConfig = Field(default=LoraConfig(), description="Used when method is lora or qlora.")
     epochs: int | None = Field(default=None, ge=1, description="Passes over the data (1 if neither this nor total_step is given).")
     total_step: int | None = Field(default=None, ge=1, description="Optimizer steps, instead of epochs.")
     global_batch_size: int = Field(default=1, ge=1, description="Packed sequences in one optimizer step, over all processes.")
@@ -167,7 +168,7 @@ class TrainConfig(Config):
         if self.global_batch_size % self.processes:
             raise ValueError(f"global_batch_size ({self.global_batch_size}) must be a multiple of processes ({self.processes})")
         if self.freeze and self.method != "full":
-            raise ValueError(f"freeze is for method full; method {self.method} freezes all the model's own weights")
+            raise ValueError(f"freeze is for method full, and method {self.method} leaves all the model's own weights as they are")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min ({self.lr_min}) is greater than lr ({self.lr})")
         if not all(0 <= beta < 1 for beta in self.betas):
