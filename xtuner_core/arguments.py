@@ -254,3 +254,7 @@ def table() -> str:
         cells = (names, f"`{flag.dotted}`", f"`{flag.values}`", flag.shown_default, flag.info.description or "")
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    print(table(), end="")

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 
+from xtuner_core import run_record
 from xtuner_core.arguments import Arguments, parse
 from xtuner_core.config import SftConfig
 from xtuner_core.durable import write_json
@@ -37,7 +38,7 @@ def asked(arguments: Arguments) -> SftConfig | RunConfig:
     tree = read_tree(arguments.config) if arguments.config else {}
     source = f"--config {arguments.config}" if arguments.config else "command line"
     if not is_prepared(tree):
-        return whole_run(merge(tree, arguments.values), source, int(os.environ.get("WORLD_SIZE", "1")))
+        return whole_run(merge(tree, arguments.values), source, processes_of_this_run())
     if foreign := [".".join(field) for field in arguments.values if field[0] not in ("train", "seed", "work_dir")]:
         raise RecipeError(f"{source}: it names data and a model that are prepared; {', '.join(foreign)} cannot be changed any more.")
     return prepared_run(merge(tree, arguments.values), source)
@@ -64,7 +65,7 @@ def run_whole(asked: RunConfig, files: ExitStack) -> None:
         from xtuner_core.metrics import say
         from xtuner_core.preparation import prepare_run
 
-        config = prepare_run(asked, lambda line: say(0, line))
+        config = prepare_run(asked, processes_of_this_run(), lambda line: say(0, line))
         return config.model_dump_json() if config else DONE
 
     signal.signal(signal.SIGTERM, _interrupt)
@@ -76,7 +77,22 @@ def run_whole(asked: RunConfig, files: ExitStack) -> None:
     if settled == DONE:
         print(f"nothing to do: {asked.work_dir / 'final'} is this run's result. Start over with --no-resume.", flush=True)
         return
-    run(SftConfig.model_validate_json(settled), StopRequest())
+    config = SftConfig.model_validate_json(settled)
+    comment = "failed"
+    try:
+        run(config, StopRequest())
+        comment = "finished"
+    except Interrupted:
+        comment = "stopped"
+        raise
+    finally:
+        if _is_first():
+            run_record.end(config, processes_of_this_run(), comment)
+
+
+def processes_of_this_run() -> int:
+    """How many torchrun started; one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:

@@ -3,6 +3,8 @@
 WORK_DIR/run.json          what decided the run: model, data, settings
          prepared/         model-KEY/, data-KEY/, shards/: made once, found again by what decides them
          checkpoints/ final/ metrics.jsonl validation.jsonl outcome.json
+         .xtuner git-info-begin-STEP/
+                           the runs so far (xtuner_core/run_record.py)
          previous-TIME/    what `--no-resume` put aside
 """
 
@@ -25,7 +27,7 @@ from xtuner_core.errors import DataError, RecipeError
 Facts = dict[str, Any]
 FACTS = "run.json"
 PREPARED = "prepared"
-RESULTS = ("checkpoints", "final", "metrics.jsonl", "validation.jsonl", "outcome.json", FACTS)
+RESULTS = ("checkpoints", "final", "metrics.jsonl", "validation.jsonl", "outcome.json", "git-info-begin-*", FACTS)
 """What a run leaves; the rest can be made again."""
 FREE = {
     "epochs", "total_step", "lr", "lr_min", "scheduler", "warmup_ratio", "decay_ratio", "weight_decay", "max_grad_norm", "loss_chunk",
@@ -55,7 +57,7 @@ def claim(work_dir: Path) -> FileLock:
 
 def put_aside(work_dir: Path) -> Path | None:
     """Move what an earlier run left to `previous-TIME`; None if there was nothing."""
-    found = [work_dir / name for name in RESULTS if (work_dir / name).exists()]
+    found = [path for name in RESULTS for path in work_dir.glob(name)]
     if not found:
         return None
     target = work_dir / f"previous-{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -97,9 +99,8 @@ def require_same_run(work_dir: Path, earlier: Facts, facts: Facts, say: Callable
     if files := _changed_files(earlier["data"]["files"], facts["data"]["files"]):
         raise DataError(f"the data changed since the checkpoint: {'; '.join(files)}. {way_out}")
     before, now = (_flat({**one, "data": {**one["data"], "files": None}, "model": _content(one["model"])}) for one in (earlier, facts))
-    changes = {
-        name: f"{name}: {_short(before.get(name))} → {_short(now.get(name))}" for name in before | now if before.get(name) != now.get(name)
-    }
+    changed = (name for name in before if name in now and before[name] != now[name])  # a field may be new in this version
+    changes = {name: f"{name}: {_short(before[name])} → {_short(now[name])}" for name in changed}
     free = {name for name in changes if name.removeprefix("train.") in FREE}
     if hard := [changes[name] for name in changes if name not in free]:
         raise RecipeError(f"changed since the checkpoint: {'; '.join(sorted(hard))}. {way_out}")

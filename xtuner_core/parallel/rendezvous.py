@@ -21,10 +21,9 @@ def sharing() -> Iterator[Share]:
     A rank that waits only looks into the store now and then, so it hears signals. If rank 0 fails, the launcher ends the others;
     if the launcher is gone, so is its store. Without torchrun this process is the only one.
     """
-    if "WORLD_SIZE" not in os.environ:
-        os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    if os.environ["WORLD_SIZE"] == "1":
-        yield lambda make: make()
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        with _world_of_one():
+            yield lambda make: make()
         return
     from torch.distributed.rendezvous import rendezvous
 
@@ -39,6 +38,19 @@ def sharing() -> Iterator[Share]:
         return store.get(_KEY).decode()
 
     yield share
+
+
+@contextmanager
+def _world_of_one() -> Iterator[None]:
+    """What torchrun would have told this process, where it did not."""
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    added = {name: value for name, value in alone.items() if name not in os.environ}
+    os.environ |= added
+    try:
+        yield
+    finally:
+        for name in added:
+            del os.environ[name]
 
 
 def _free_port() -> int:
