@@ -31,6 +31,7 @@ class Model(torch.nn.Module):
         self.embedding = torch.nn.Embedding(33, 24)
         self.up = torch.nn.Linear(24, 67)
         self.down = torch.nn.Linear(67, 24, bias=False)
+        self.wide = torch.nn.Linear(300, 17, bias=False)
         self.experts = torch.nn.Parameter(torch.randn(3, 40, 24))
         self.norm = torch.nn.LayerNorm(24)
         self.frozen = torch.nn.Linear(24, 24).requires_grad_(False)

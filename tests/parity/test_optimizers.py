@@ -75,7 +75,11 @@ def test_muon_leaves_embeddings_head_and_vectors_to_adamw() -> None:
     optimizer = make_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [{names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups]
-    assert groups == [{"up.weight", "down.weight", "experts"}, {"embedding.weight", "head.weight"}, {"up.bias", "norm.weight", "norm.bias"}]
+    assert groups == [
+        {"up.weight", "down.weight", "wide.weight", "experts"},
+        {"embedding.weight", "head.weight"},
+        {"up.bias", "norm.weight", "norm.bias"},
+    ]
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.1, 0.1, 0.0]
     for parameter in model.parameters():
         parameter.grad = torch.ones_like(parameter)
@@ -124,7 +128,7 @@ def test_two_processes_update_as_one_and_one_resumes_from_two(name: str, two_pro
 
 def test_muon_gives_the_same_bits_on_two_processes(two_processes: Path) -> None:
     whole, sharded = (load_whole(two_processes / "muon" / word) for word in ("whole", "sharded"))
-    keys = [f"model.{name}" for name in ("up.weight", "down.weight", "experts")]
+    keys = [f"model.{name}" for name in ("up.weight", "down.weight", "wide.weight", "experts")]
     keys += [key for key in whole if key.endswith("momentum_buffer")]
-    assert len(keys) == 6
+    assert len(keys) == 8
     assert [key for key in keys if not torch.equal(whole[key], sharded[key])] == []

@@ -73,7 +73,7 @@ def test_a_stop_before_the_first_step_leaves_no_checkpoint(world: World, stop: S
     assert not (config.work_dir / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("method", "optimizer"), [("full", "adamw"), ("lora", "adamw"), ("full", "muon")])
+@pytest.mark.parametrize(("method", "optimizer"), [("full", "adamw"), ("lora", "adamw"), ("full", "muon"), ("full", "adamw_8bit")])
 def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(
     method: str, optimizer: str, world: World, stop: StopRequest, sft_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

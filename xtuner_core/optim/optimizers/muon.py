@@ -9,7 +9,6 @@ update is gathered once per matrix. Stacked matrices (experts, `[experts, out, i
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,6 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from xtuner_core.config import TrainConfig
 from xtuner_core.optim.optimizers._groups import decay_groups
+from xtuner_core.optim.optimizers._own_rule import OwnRule
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -33,7 +33,7 @@ def make(model: torch.nn.Module, train: TrainConfig) -> Muon:
     hidden = [parameter for parameter in trainable if parameter.ndim >= 2 and id(parameter) not in vocabulary]
     taken = {id(parameter) for parameter in hidden}
     rest = decay_groups((parameter for parameter in trainable if id(parameter) not in taken), train.weight_decay)
-    muon = [{"params": hidden, "weight_decay": train.weight_decay, "orthogonal": True}] if hidden else []
+    muon = [{"params": hidden, "weight_decay": train.weight_decay, "own_rule": True}] if hidden else []
     return Muon([*muon, *rest], lr=train.lr, betas=train.betas, fused=True)
 
 
@@ -44,23 +44,12 @@ def _vocabulary(model: torch.nn.Module) -> set[int]:
     return {id(parameter) for module in modules for parameter in module.parameters()}
 
 
-class Muon(torch.optim.AdamW):
-    """AdamW, but parameters of a group that says `orthogonal` get Muon's update; their state is `momentum_buffer`."""
+class Muon(OwnRule):
+    """Muon for the groups with `own_rule`; the state is `momentum_buffer`."""
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update. Gradients of orthogonal groups are consumed, so that AdamW passes them over."""
-        for group in self.param_groups:
-            if group.get("orthogonal"):
-                for parameter in group["params"]:
-                    if parameter.grad is not None:
-                        update(parameter, parameter.grad, self.state[parameter], group["lr"], group["weight_decay"])
-                        parameter.grad = None
-        return super().step(closure)
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """AdamW's own also turns states of very old files into tensors, and fails where a parameter has no `step`."""
-        torch.optim.Optimizer.__setstate__(self, state)
+    def update(self, parameter: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
+        """`update` with the group's rate and decay."""
+        update(parameter, gradient, state, group["lr"], group["weight_decay"])
 
 
 def update(
