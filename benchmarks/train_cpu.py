@@ -26,8 +26,9 @@ from datetime import date
 from pathlib import Path
 
 import numpy as np
-from data import PROJECT, peers_python
 from training_job import IGNORE, Documents, Job, Json, ask, environment, write_packs
+
+from data import PROJECT, peers_python
 
 RESULTS = Path(__file__).resolve().parent / "results" / "train_cpu.json"
 RECIPE, QUICK_RECIPE = "smollm2_135m_instruct_lora_tickets_e3", "qwen3_tiny_full_openai"
@@ -168,10 +169,9 @@ def show(result: Json) -> None:
     for method in SIDES:
         for name, row in result[method]["sides"].items():
             ratio, memory = row.get("ours_is_faster", 1), row.get("ours_has_of_its_memory", 1)
-            print(
-                f"{method:5} {name:14} {row['tokens_per_cpu_second']:10.1f} {row['tokens_per_second']:8.1f} {row['peak_memory'] / 1e9:10.2f} "
-                f"{ratio:7.2f} {memory:9.2f}   {row['losses'][0]:.4f} → {row['losses'][-1]:.4f}"
-            )
+            speed = f"{row['tokens_per_cpu_second']:10.1f} {row['tokens_per_second']:8.1f} {row['peak_memory'] / 1e9:10.2f}"
+            losses = f"{row['losses'][0]:.4f} → {row['losses'][-1]:.4f}"
+            print(f"{method:5} {name:14} {speed} {ratio:7.2f} {memory:9.2f}   {losses}")
         print(f"{method:5} largest difference to the loss of Trainer fp32: {result[method]['loss_difference']}")
 
 

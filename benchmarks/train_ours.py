@@ -14,7 +14,7 @@ from pathlib import Path
 from training_job import SEED, Job, Json, Meter, answer
 
 
-class Enough(Exception):  # noqa: N818
+class Enough(Exception):
     """All steps that are wanted were measured."""
 
 
@@ -33,7 +33,7 @@ def main() -> Json:
     trainer.train_step = measured(trainer.train_step, meter)
     with tempfile.TemporaryDirectory() as scratch, join_world() as world:
         if job.random:
-            trainer.load_model = random_model(world.device)
+            random_weights(world.device)
         try:
             trainer.train(config_of(job, Path(scratch)), world, StopRequest())
         except Enough:
@@ -64,26 +64,18 @@ def config_of(job: Job, work_dir: Path):
     return SftConfig(model_dir=Path(job.model_dir), data_dir=Path(job.data_dir), work_dir=work_dir, seed=SEED, train=train)
 
 
-def random_model(device):
-    """A loader that draws the weights on the device instead of reading them: 8B parameters would take minutes by way of the disk."""
+def random_weights(device) -> None:
+    """Have transformers draw weights on the device instead of reading them: 8B parameters would take minutes by way of the disk."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
 
-    def load(model_dir: Path, train):
-        import torch
-        from transformers import AutoConfig, AutoModelForCausalLM
-
-        from xtuner_core import adapters, registry
-        from xtuner_core.models import attention
-
-        options = registry.find(adapters, train.method).load_options(train)
+    def from_config(folder: Path, *, dtype: torch.dtype, attn_implementation: str, local_files_only: bool):
         torch.manual_seed(0)
         with torch.device(device):
-            model = AutoModelForCausalLM.from_config(
-                AutoConfig.from_pretrained(model_dir), attn_implementation=attention.register(), dtype=options["dtype"]
-            )
-        model.config.use_cache = False
-        return model.eval()
+            config = AutoConfig.from_pretrained(folder)
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attn_implementation).eval()
 
-    return load
+    AutoModelForCausalLM.from_pretrained = from_config
 
 
 if __name__ == "__main__":
