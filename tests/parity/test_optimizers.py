@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -9,8 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-import sharded_optimizer
 import torch
+import two_processes
 
 from pipelines.recipe import PROJECT
 from xtuner_core import registry
@@ -71,7 +72,7 @@ def test_muon_does_what_its_definition_says(shape: tuple[int, int]) -> None:
 
 
 def test_muon_leaves_embeddings_head_and_vectors_to_adamw() -> None:
-    model = sharded_optimizer.new_model()
+    model = two_processes.new_model()
     optimizer = make_optimizer(model, TrainConfig(optimizer="muon", weight_decay=0.1))
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     groups = [{names[id(parameter)] for parameter in group["params"]} for group in optimizer.param_groups]
@@ -98,37 +99,47 @@ NAMES = registry.names(optimizers)
 
 
 @pytest.fixture(scope="module")
-def two_processes(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What sharded_optimizer.py leaves."""
-    folder = tmp_path_factory.mktemp("sharded")
+def outcome(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two_processes.py leaves."""
+    folder = tmp_path_factory.mktemp("two")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1]), "WORLD_SIZE": "2", "PYTHONPATH": str(PROJECT)}
-    command = [sys.executable, sharded_optimizer.__file__, str(folder), *NAMES]
+    command = [sys.executable, two_processes.__file__, str(folder), *NAMES]
     environments = [{**os.environ, **place, "RANK": rank, "LOCAL_RANK": rank} for rank in ("0", "1")]
-    started = [subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) for environment in environments]
-    for process in started:
-        told = process.communicate(timeout=120)[1]
+    started = [
+        subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        for environment in environments
+    ]
+    for rank, process in enumerate(started):
+        told = process.communicate(timeout=120)[0]
         assert process.returncode == 0, told[-3000:]
+        (folder / f"{rank}.log").write_text(told, encoding="utf-8")
     return folder
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_processes_update_as_one_and_one_resumes_from_two(name: str, two_processes: Path) -> None:
-    whole = load_whole(two_processes / name / "whole")
+def test_two_processes_update_as_one_and_one_resumes_from_two(name: str, outcome: Path) -> None:
+    whole = load_whole(outcome / name / "whole")
     assert {"model.up.weight", "model.norm.bias"} <= whole.keys() and not [key for key in whole if "frozen" in key]
-    start = sharded_optimizer.new_model().state_dict()
+    start = two_processes.new_model().state_dict()
     assert all((tensor - start[key.removeprefix("model.")]).abs().max() > 1e-3 for key, tensor in whole.items() if key.startswith("model."))
     for other in ("sharded", "resumed"):
-        found = load_whole(two_processes / name / other)
+        found = load_whole(outcome / name / other)
         assert found.keys() == whole.keys()
         for key, tensor in whole.items():  # fused AdamW rounds the last few numbers of a vector in another way than the ones before
             torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-7, msg=lambda told, key=key: f"{key}: {told}")
 
 
-def test_muon_gives_the_same_bits_on_two_processes(two_processes: Path) -> None:
-    whole, sharded = (load_whole(two_processes / "muon" / word) for word in ("whole", "sharded"))
+def test_muon_gives_the_same_bits_on_two_processes(outcome: Path) -> None:
+    whole, sharded = (load_whole(outcome / "muon" / word) for word in ("whole", "sharded"))
     keys = [f"model.{name}" for name in ("up.weight", "down.weight", "wide.weight", "experts")]
     keys += [key for key in whole if key.endswith("momentum_buffer")]
     assert len(keys) == 8
     assert [key for key in keys if not torch.equal(whole[key], sharded[key])] == []
+
+
+def test_a_spike_that_one_process_sees_is_left_out_by_both_and_all_documents_are_named(outcome: Path) -> None:
+    for rank in (0, 1):
+        assert json.loads((outcome / f"judged-{rank}.json").read_text()) == {"norms": [1.0, 1.0], "in_a_row": 1, "skipped": 1}
+    assert "left out step 7" in (outcome / "0.log").read_text() and "Documents of the step: [0, 10, 11]." in (outcome / "0.log").read_text()

@@ -1,14 +1,15 @@
 """Three updates of a small model, sharded over the processes and whole, with gradients that do not depend on their number.
 
-    sharded_optimizer.py FOLDER OPTIMIZER...     run with torchrun's variables
+    two_processes.py FOLDER OPTIMIZER...     run with torchrun's variables
 
 For each optimizer: `FOLDER/NAME/sharded`, `whole` (a model without FSDP, as of one process) and `resumed` (whole, but its first two updates
-come from a checkpoint of the sharded one).
+come from a checkpoint of the sharded one). `FOLDER/judged-RANK.json`: what each process decides about a step that is an outlier to one.
 """
 
 from __future__ import annotations
 
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -17,6 +18,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from xtuner_core.checkpoint import state, store
 from xtuner_core.config import TrainConfig
+from xtuner_core.durable import write_json
+from xtuner_core.guards import History, judge
 from xtuner_core.optim.optimizer import make_optimizer, set_learning_rate
 from xtuner_core.parallel.mesh import World, join_world
 
@@ -92,6 +95,14 @@ def main(folder: Path, names: list[str]) -> None:
             for word, run in {"sharded": sharded, "whole": whole, "resumed": resumed}.items():
                 train(*run, 3)
                 store.save(folder / name / word, tensors_of(*run, world), {}, world)
+        write_json(folder / f"judged-{world.rank}.json", asdict(judge_differently(world)))
+
+
+def judge_differently(world: World) -> History:
+    """Only the last process has a norm that is too high; each has as many documents as its rank, and one more."""
+    rule = TrainConfig(skip_grad_norm_factor=2.0, skip_grad_norm_window=2)
+    documents = [10 * world.rank + number for number in range(world.rank + 1)]
+    return judge(History((1.0, 1.0)), 7, 0.5, 9.0 if world.rank == world.size - 1 else 1.0, documents, rule, world)
 
 
 if __name__ == "__main__":
