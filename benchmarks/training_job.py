@@ -188,7 +188,8 @@ def ask(python: str | Path, environment: dict[str, str], timeout: float, script:
 
 def environment(threads: int) -> dict[str, str]:
     """Of a process that may use so many cores and looks for nothing outside this machine."""
-    more = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": str(HERE.parent)}
+    path = os.pathsep.join(filter(None, [str(HERE.parent), os.environ.get("PYTHONPATH")]))
+    more = {"OMP_NUM_THREADS": str(threads), "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONPATH": path}
     return {**os.environ, **more}
 
 
