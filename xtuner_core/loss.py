@@ -28,7 +28,7 @@ def packed_loss(model: PreTrainedModel, batch: Batch, chunk: int) -> torch.Tenso
 def _logits(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """The head, and what the model does to its output afterwards: scale it (Cohere, Granite), cap it by tanh (Gemma 2); fp32.
 
-    By the names of the config, which are the same in all families; `require_plain_head` proves that nothing else happens.
+    By the names of the config, which families share; `require_plain_head` proves that they mean the same here, and nothing else happens.
     """
     head = cast(torch.nn.Module, model.get_output_embeddings())
     config = model.config.get_text_config()
