@@ -256,5 +256,14 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
+def write_table(file: Path) -> None:
+    """Put the table in the place of the one that a Markdown file has."""
+    text = file.read_text(encoding="utf-8")
+    start = text.index(table().splitlines()[0])
+    rest = text[start:].splitlines(keepends=True)
+    after = next((number for number, line in enumerate(rest) if not line.startswith("|")), len(rest))
+    file.write_text(text[:start] + table() + "".join(rest[after:]), encoding="utf-8")
+
+
 if __name__ == "__main__":
-    print(table(), end="")
+    write_table(Path(__file__).resolve().parents[1] / "docs" / "engine.md")

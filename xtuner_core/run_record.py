@@ -28,45 +28,44 @@ Json = dict[str, Any]
 
 def begin(config: SftConfig, processes: int) -> None:
     """Add a run that starts now from the newest checkpoint, or from nothing."""
-    record = _read(config.work_dir)
-    mine = [exp for exp in record["exps"] if exp["exp_dir"] == str(config.work_dir)]
-    history = mine[-1]["history"] if mine else []
+    earlier, current = _read(config.work_dir)
     step = max((_number(folder) for folder in _checkpoints(config.work_dir)), default=0)
     run = {"begin": step, "timestamp": f"{datetime.now(UTC):%Y%m%d%H%M%S}", "git_info": git_info(config.work_dir, step)}
-    _write(config, processes, record, [*history, run])
+    _write(config, processes, earlier, [*(current["history"] if current else []), run])
 
 
 def end(config: SftConfig, processes: int, comment: str) -> None:
     """Say where the run that `begin` added has stopped, and how."""
-    record = _read(config.work_dir)
-    *earlier, run = next(exp for exp in reversed(record["exps"]) if exp["exp_dir"] == str(config.work_dir))["history"]
-    _write(config, processes, record, [*earlier, {**run, "end": _steps_done(config.work_dir), "comment": comment}])
+    earlier, current = _read(config.work_dir)
+    if current:
+        *before, run = current["history"]
+        _write(config, processes, earlier, [*before, {**run, "end": _steps_done(config.work_dir), "comment": comment}])
 
 
 def moved(work_dir: Path, aside: Path) -> None:
-    """What was in the directory lies in `aside` now."""
-    record = _read(work_dir)
-    exps = [_relocated(exp, str(work_dir), str(aside)) if exp["exp_dir"] == str(work_dir) else exp for exp in record["exps"]]
-    write_json(work_dir / RECORD, {"exps": exps})
+    """What was in the directory lies in `aside` now, a folder in it called `previous-…`."""
+    earlier, current = _read(work_dir)
+    if current:
+        write_json(work_dir / RECORD, {"exps": [*earlier, _relocated(current, current["exp_dir"], str(aside))]})
 
 
 def _relocated(exp: Json, before: str, after: str) -> Json:
     return json.loads(json.dumps({**exp, "exp_dir": after}).replace(json.dumps(before)[:-1] + "/", json.dumps(after)[:-1] + "/"))
 
 
-def _read(work_dir: Path) -> Json:
-    """The record; one that is damaged is begun anew, for it decides nothing."""
+def _read(work_dir: Path) -> tuple[list[Json], Json | None]:
+    """The experiments that were put aside, and the one that the directory holds; a damaged record is begun anew, for it decides nothing."""
     try:
-        record = json.loads((work_dir / RECORD).read_text(encoding="utf-8"))
-        return record if isinstance(record.get("exps"), list) else {"exps": []}
-    except (OSError, ValueError, AttributeError):
-        return {"exps": []}
+        exps = json.loads((work_dir / RECORD).read_text(encoding="utf-8"))["exps"]
+        here = bool(exps) and not Path(exps[-1]["exp_dir"]).name.startswith("previous-")
+        return (exps[:-1], exps[-1]) if here else (exps, None)
+    except (OSError, ValueError, KeyError, TypeError):
+        return [], None
 
 
-def _write(config: SftConfig, processes: int, record: Json, history: list[Json]) -> None:
-    others = [exp for exp in record["exps"] if exp["exp_dir"] != str(config.work_dir)]
+def _write(config: SftConfig, processes: int, earlier: list[Json], history: list[Json]) -> None:
     exp = {"exp_dir": str(config.work_dir), "history": history, **_consumed(config, processes)}
-    write_json(config.work_dir / RECORD, {"exps": [*others, exp]})
+    write_json(config.work_dir / RECORD, {"exps": [*earlier, exp]})
 
 
 def _consumed(config: SftConfig, processes: int) -> Json:

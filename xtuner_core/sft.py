@@ -73,6 +73,8 @@ def run_whole(asked: RunConfig, files: ExitStack) -> None:
         share = files.enter_context(sharing())
         settled = share(prepare)
     except KeyboardInterrupt:
+        if not _is_first():  # the launcher ends the ranks that wait for the first
+            raise SystemExit(Interrupted.exit_code) from None
         raise Interrupted("stopped while the run was prepared; the same command continues from there.") from None
     if settled == DONE:
         print(f"nothing to do: {asked.work_dir / 'final'} is this run's result. Start over with --no-resume.", flush=True)

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from pipelines.recipe import PROJECT, shipped_names
-from xtuner_core.arguments import XTUNER_NAMES, flags, parse, table
+from xtuner_core.arguments import XTUNER_NAMES, flags, parse, table, write_table
 from xtuner_core.config import DataConfig, Source, TrainConfig
 from xtuner_core.errors import RecipeError
 from xtuner_core.run_config import RunConfig, merge, read_tree, whole_run
@@ -38,9 +38,15 @@ def test_every_field_is_a_flag_and_says_what_it_means() -> None:
 
 
 def test_the_documentation_has_the_table_of_flags() -> None:
-    assert (PROJECT / "docs" / "engine.md").read_text(encoding="utf-8").endswith(table()), (
-        "run python -m xtuner_core.arguments and put its table at the end of docs/engine.md"
-    )
+    text = (PROJECT / "docs" / "engine.md").read_text(encoding="utf-8")
+    assert table() in text, "a field changed: run python -m xtuner_core.arguments, which writes the table"
+
+
+def test_writing_the_table_replaces_the_old_one_and_nothing_else(tmp_path: Path) -> None:
+    file, old = tmp_path / "a.md", "".join(line + "\n" for line in table().splitlines()[:3])
+    file.write_text(f"# a\n\n{old}\nb | c\n")
+    write_table(file)
+    assert file.read_text() == f"# a\n\n{table()}\nb | c\n"
 
 
 @pytest.mark.parametrize("form", ["--total_step=7", "--total-step 7", "--train.total_step 7", "--train.total-step=7"])
