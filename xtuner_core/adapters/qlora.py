@@ -25,7 +25,10 @@ def load(model_dir: Path, train: TrainConfig, **options: Any) -> PreTrainedModel
     """
     Linear4bit = _bitsandbytes().nn.Linear4bit
     dtype = COMPUTE[train.dtype]
-    nf4 = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype)
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # before torch 2.13 FSDP2 would cast packed bytes to the compute precision as if they were numbers
+    )  # fmt: skip
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, quantization_config=nf4, **options)
     for module in model.modules():
         if isinstance(module, Linear4bit):
