@@ -38,6 +38,7 @@ XTUNER_NAMES: dict[str, str] = {
     "chat-template": "model.template",
     "tokenizer-path": "model.tokenizer",
     "dataset": "data.train",
+    "tokenize-fn": "data.format",
     "pack-max-length": "data.pack_length",
     "epoch-num": "train.epochs",
     "total-epoch": "train.epochs",

@@ -6,6 +6,7 @@ No torch import here: `--help` and a mistake are answered at once.
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -67,7 +68,7 @@ def read_tree(path: Path) -> Tree:
     refuse_program("--config", str(path), "write the same fields as YAML")
     try:
         text = path.read_text(encoding="utf-8")
-        tree = yaml.safe_load(text)
+        tree = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
     except OSError as error:
         raise RecipeError(f"--config {path}: {error.strerror}.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:

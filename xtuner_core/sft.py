@@ -72,6 +72,7 @@ def run_whole(asked: RunConfig, files: ExitStack) -> None:
     try:
         share = files.enter_context(sharing())
         settled = share(prepare)
+        stop = StopRequest()
     except KeyboardInterrupt:
         if not _is_first():  # the launcher ends the ranks that wait for the first
             raise SystemExit(Interrupted.exit_code) from None
@@ -82,7 +83,7 @@ def run_whole(asked: RunConfig, files: ExitStack) -> None:
     config = SftConfig.model_validate_json(settled)
     comment = "failed"
     try:
-        run(config, StopRequest())
+        run(config, stop)
         comment = "finished"
     except Interrupted:
         comment = "stopped"
