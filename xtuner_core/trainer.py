@@ -113,7 +113,7 @@ def build(config: SftConfig, world: World) -> tuple[PreTrainedModel, Optimizer]:
     model.train()
     registry.find(adapters, config.train.method).prepare(model, config.train, config.seed)
     model.to(world.device)  # pyright: ignore[reportArgumentType]
-    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
+    trained, every = model.num_parameters(only_trainable=True), model.num_parameters()  # a 4-bit weight counts as what it stands for
     say(world.rank, f"Total trainable parameters: {trained / 1e6:.1f}M, total parameters: {every / 1e6:.1f}M")
     shard(model, world, config.train.dtype)
     torch.manual_seed(config.seed * 1000 + world.rank)
