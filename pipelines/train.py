@@ -49,7 +49,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     for name in ("metrics.jsonl", "validation.jsonl"):  # there is a validation loss only if the data has a validation split
         if (work.scratch / name).exists():
             shutil.copyfile(work.scratch / name, work.record / name)
-    return {**_summary(work.record), **_validation(work.record)}
+    return {**_summary(work.record), **_validation(work.record), **_left_out(work.payload / "checkpoint" / "checkpoint.json")}
 
 
 def _relay(line: str, work: Work) -> None:
@@ -83,6 +83,11 @@ def _validation(record: Path) -> Metrics:
     if not file.exists():
         return {}
     return {"validation_loss": json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["validation_loss"]}
+
+
+def _left_out(facts: Path) -> Metrics:
+    """Number of steps that changed nothing, if the recipe allows any."""
+    return {name: count for name, count in json.loads(facts.read_text(encoding="utf-8")).items() if name == "skipped_steps"}
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

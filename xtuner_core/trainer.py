@@ -75,6 +75,8 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
         ))  # fmt: skip
         if config.train.checkpoint_interval and (step + 1) % config.train.checkpoint_interval == 0 and step + 1 < total:
             save_checkpoint(config, model, optimizer, world, step + 1, history)
+    if history.skipped == total:
+        raise DataError(f"all {total} steps were left out (train.skip_grad_norm_factor); nothing was learned. Lower train.lr.")
     facts = {"step": total, "seed": config.seed, "train": config.train.model_dump(mode="json")}
     facts |= {"skipped_steps": history.skipped} if config.train.skip_grad_norm_factor else {}
     store.save(config.work_dir / FINAL, state.trained_tensors(model), facts, world)

@@ -156,6 +156,16 @@ def test_a_resumed_run_leaves_out_the_same_steps(
     assert found.keys() == expected.keys() and all(torch.equal(found[name], expected[name]) for name in found)
 
 
+def test_a_run_that_learned_nothing_is_an_error(
+    world: World, stop: StopRequest, sft_config: Configure, poison: Callable[..., None]
+) -> None:
+    poison({1: math.nan})
+    config = sft_config(total_step=1, **SKIPPING)
+    with pytest.raises(DataError, match="all 1 steps were left out"):
+        trainer.train(config, world, stop)
+    assert not (config.work_dir / "final").exists()
+
+
 def test_too_many_in_a_row_end_the_run(world: World, stop: StopRequest, sft_config: Configure, poison: Callable[..., None]) -> None:
     poison(dict.fromkeys((2, 3), math.inf))
     with pytest.raises(DataError, match=r"step 3: loss inf.* 2 steps in a row were left out"):
