@@ -35,6 +35,8 @@ RECIPE, QUICK_RECIPE = "smollm2_135m_instruct_lora_tickets_e3", "qwen3_tiny_full
 DATA = "data.train=[data/tickets/train.jsonl, data/openai_chats/train.jsonl]"
 LIMIT = 540
 """Seconds: no round is begun that would end later."""
+SECONDS = 15
+"""A slow side is measured for so long, but for two steps at least; so both rounds fit into the limit."""
 TOLERANCE = 0.005
 CHECK = "ours fp32"
 FULL = {
@@ -53,11 +55,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--store", type=Path, default=PROJECT / "artifacts", help="where the base model and the data are, or are made")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--documents", type=int, default=16, help="documents in a step")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round, two steps; writes nothing")
     arguments = parser.parse_args()
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as scratch:
-        jobs = prepare(arguments.store, arguments.quick, Path(scratch))
+        jobs = prepare(arguments.store, arguments.quick, arguments.documents, Path(scratch))
         ready = time.monotonic()
         rounds = [run_round(jobs, arguments.threads, Path(scratch))]
         length = time.monotonic() - ready
@@ -77,7 +80,7 @@ def main() -> None:
         raise SystemExit("the losses differ by more than 0.5 %")
 
 
-def prepare(store: Path, quick: bool, scratch: Path) -> dict[str, Job]:
+def prepare(store: Path, quick: bool, documents: int, scratch: Path) -> dict[str, Job]:
     """A job for each method; base model and tokens come from the stages."""
     from pipelines.artifacts import Store
     from pipelines.recipe import load_recipe
@@ -85,10 +88,10 @@ def prepare(store: Path, quick: bool, scratch: Path) -> dict[str, Job]:
 
     recipe = load_recipe(QUICK_RECIPE if quick else RECIPE, [DATA])
     base, data = (run_until(name, recipe, Store(store), lambda line: None).artifact.payload for name in ("base", "prepare"))
-    steps, documents = (3, 4) if quick else (5, 32)
+    steps, documents = (3, 4) if quick else (7, documents)
     chosen = choose(data, steps, documents)
     write_packs(chosen, max(chosen.tokens(pack) for pack in chosen.packs()), scratch)
-    job = Job(str(base / "model"), False, str(scratch), "full", "bf16", "fp32", 0.0, warmup=1, steps=steps - 1)
+    job = Job(str(base / "model"), False, str(scratch), "full", "bf16", "fp32", 0.0, warmup=1, steps=steps - 1, seconds=SECONDS)
     return {method: replace(job, method=method, lr=RATES[method]) for method in SIDES}
 
 
@@ -145,8 +148,8 @@ def check_losses(jobs: dict[str, Job], first: Json, threads: int, scratch: Path)
 
 
 def difference(found: list[float], expected: list[float]) -> float:
-    """Largest relative difference."""
-    return max(abs(a - b) / b for a, b in zip(found, expected, strict=True))
+    """Largest relative difference of a step that both made."""
+    return max(abs(a - b) / b for a, b in zip(found, expected, strict=False))
 
 
 def table(method: str, rounds: list[Json]) -> dict[str, Json]:
@@ -165,12 +168,13 @@ def table(method: str, rounds: list[Json]) -> dict[str, Json]:
 
 def show(result: Json) -> None:
     """The table for people."""
-    print(f"\n{'':5} {'':14} {'tok/CPU-s':>10} {'tok/s':>8} {'memory GB':>10} {'ours ×':>7} {'memory ×':>9}   loss first → last")
+    print(f"\n{'':5} {'':14} {'tok/CPU-s':>10} {'tok/s':>8} {'memory GB':>10} {'ours ×':>7} {'memory ×':>9}   loss: first step → last common step")
     for method in SIDES:
+        common = min(len(row["losses"]) for row in result[method]["sides"].values())
         for name, row in result[method]["sides"].items():
             ratio, memory = row.get("ours_is_faster", 1), row.get("ours_has_of_its_memory", 1)
             speed = f"{row['tokens_per_cpu_second']:10.1f} {row['tokens_per_second']:8.1f} {row['peak_memory'] / 1e9:10.2f}"
-            losses = f"{row['losses'][0]:.4f} → {row['losses'][-1]:.4f}"
+            losses = f"{row['losses'][0]:.4f} → {row['losses'][common - 1]:.4f}"
             print(f"{method:5} {name:14} {speed} {ratio:7.2f} {memory:9.2f}   {losses}")
         print(f"{method:5} largest difference to the loss of Trainer fp32: {result[method]['loss_difference']}")
 
