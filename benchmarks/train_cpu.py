@@ -168,9 +168,7 @@ def table(method: str, rounds: list[Json]) -> dict[str, Json]:
 
 def show(result: Json) -> None:
     """The table for people."""
-    print(
-        f"\n{'':5} {'':14} {'tok/CPU-s':>10} {'tok/s':>8} {'memory GB':>10} {'ours ×':>7} {'memory ×':>9}   loss: first step → last common step"
-    )
+    print(f"\n{'':5} {'':14} {'tok/CPU-s':>10} {'tok/s':>8} {'memory GB':>10} {'ours ×':>7} {'memory ×':>9}   loss, first and last")
     for method in SIDES:
         common = min(len(row["losses"]) for row in result[method]["sides"].values())
         for name, row in result[method]["sides"].items():
