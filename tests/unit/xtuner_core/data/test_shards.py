@@ -227,12 +227,19 @@ def test_parts_done_by_processes_are_the_whole_file(cache: Cache, tmp_path: Path
     assert len(documents) == 201
     (rejected,) = map(json.loads, (cache.shard(files[0]) / "rejected.jsonl").read_text().splitlines())
     assert (rejected["line"], rejected["byte_offset"]) == (201, files[0].read_bytes().index(b"rubbish"))
-    assert cache.leftovers() == [] and psutil.Process().children(recursive=True) == _trackers()
+    assert cache.leftovers() == [] and _workers() == []
 
 
-def _trackers() -> list[psutil.Process]:
-    """Python's own helper of spawned processes, one for the life of this one."""
-    return [one for one in psutil.Process().children(recursive=True) if "resource_tracker" in " ".join(one.cmdline())]
+def _workers() -> list[psutil.Process]:
+    """Our living children, without Python's own helper of spawned processes, one for the life of this one."""
+    return [one for one in psutil.Process().children(recursive=True) if _works(one)]
+
+
+def _works(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
+    except psutil.Error:  # it ended while we looked
+        return False
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -242,7 +249,7 @@ def test_a_mistake_in_one_file_stops_all_and_keeps_what_is_finished(cache: Cache
     jobs = cache.jobs([good, bad], "data.format=openai")
     with pytest.raises(DataError, match=r"bad\.parquet"):
         shards.tokenize(jobs, cache.folder, 2, print)
-    assert cache.leftovers() == [] and psutil.Process().children(recursive=True) == _trackers()
+    assert cache.leftovers() == [] and _workers() == []
     assert cache.fill([good]) in (0, 1)
 
 
@@ -343,13 +350,13 @@ def test_a_killed_worker_is_told_and_leaves_nothing(cache: Cache, tmp_path: Path
     file = many(tmp_path / "one.jsonl", 20_000)
 
     def killer(count: int) -> None:
-        workers = [one for one in psutil.Process().children() if one not in _trackers()]
-        workers[0].kill()
+        for worker in _workers()[:1]:
+            worker.kill()
 
     monkeypatch.setattr(shards, "progress", _calls(killer))
     with pytest.raises(Interrupted, match=r"was killed.*data\.workers=1"):
         cache.fill([file], processes=2)
-    assert cache.leftovers() == [] and psutil.Process().children(recursive=True) == _trackers()
+    assert cache.leftovers() == [] and _workers() == []
     assert not cache.shard(file).exists()
 
 
