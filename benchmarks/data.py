@@ -32,7 +32,7 @@ import numpy as np
 import psutil
 from data_input import write_chats, write_texts
 
-from pipelines.workers import ENVIRONMENT
+from xtuner_core.data.workers import ENVIRONMENT
 
 HERE = Path(__file__).resolve().parent
 PROJECT = HERE.parent

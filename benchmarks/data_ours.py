@@ -13,12 +13,12 @@ from pathlib import Path
 
 import numpy as np
 
-from pipelines.shards import PART_BYTES
 from xtuner_core.data import formats, templates
 from xtuner_core.data.dataset import Documents, write_packs
 from xtuner_core.data.inputs import Part, parts_of
 from xtuner_core.data.packing import best_fit
 from xtuner_core.data.shard import Encoding, join_parts, tokenize_part
+from xtuner_core.data.shards import PART_BYTES
 from xtuner_core.registry import find
 
 PACK_LENGTH = 4096

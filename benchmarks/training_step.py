@@ -69,6 +69,7 @@ def measure(config, world, steps: int) -> dict[str, list[float]]:
     """Tokens per CPU-second of each step and variant; the first round warms up."""
     from xtuner_core.data.dataset import PackedDataset
     from xtuner_core.data.loader import load_step
+    from xtuner_core.guards import History
     from xtuner_core.trainer import train_step
 
     dataset = PackedDataset(config.data_dir)
@@ -80,7 +81,7 @@ def measure(config, world, steps: int) -> dict[str, list[float]]:
             batches = load_step(dataset, step, config.train.global_batch_size, config.seed, 0, 1)
             with setting():
                 started = time.process_time()
-                train_step(*models[model_name], batches, config, world, step)
+                train_step(*models[model_name], batches, config, world, History(), step)
                 spent = time.process_time() - started
             if step:
                 rates[name].append(sum(batch.text_tokens for batch in batches) / spent)

@@ -17,10 +17,11 @@ from prefect.states import Completed
 from prefect.task_runners import TaskRunner
 
 from flows.caching import failed
-from pipelines import prepare, shards
+from pipelines import prepare
 from pipelines.artifacts import Artifact, Store
 from pipelines.pipeline import plan
 from pipelines.recipe import Recipe
+from xtuner_core.data import shards
 from xtuner_core.errors import RecipeError, UserError, from_os_error
 
 _PACKAGES = {"dask": "prefect_dask", "ray": "prefect_ray"}
@@ -51,7 +52,7 @@ def tokenize_files(recipe: Recipe, model_dir: Path, cache: Path) -> State[Any]:
     """Map the missing files over the cluster; ends in the first user's mistake that one of them reports."""
     log = get_run_logger().info
     try:
-        _, jobs, _ = prepare.plan(recipe, model_dir, log)
+        jobs = prepare.plan(recipe, model_dir, log).jobs
     except UserError as error:
         return failed(error)
     missing = {job.key: job for job in jobs if not shards.is_whole(cache, job, log)}

@@ -4,7 +4,7 @@ STORE/<stage>/<key>/payload/       the result; its digest is part of the keys of
                    /record/        logs, pictures, timings
                    /manifest.json  inputs, settings, environment, every file's size and sha256
                    /stamps.json    modification times seen at the last full check
-STORE/shards/<key>/                a tokenized input file: a cache of the prepare stage (pipelines/shards.py)
+STORE/shards/<key>/                a tokenized input file: a cache of the prepare stage (xtuner_core/data/shards.py)
 STORE/.work/<stage>-<key>/         an attempt that is running or was interrupted
 STORE/.damaged/<stage>-<key>/      a published artifact that failed its check, until it is rebuilt
 """
@@ -21,7 +21,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from filelock import FileLock, Timeout
 
 from pipelines.recipe import Recipe
 from pipelines.stage import Log, Metrics, Stage, Work
+from xtuner_core.digest import key_of, library_version, sha256
 from xtuner_core.durable import publish, remove, write_json
 from xtuner_core.errors import DataError
 
@@ -225,18 +225,6 @@ class Store:
             raise DataError(f"one of {', '.join(map(str, files[:5]))} changed while it was read. Run the same command again.")
 
 
-def key_of(ingredients: dict[str, Any]) -> str:
-    """The artifact's name: the first 16 hex digits of the sha256 of its canonical ingredients."""
-    canonical = json.dumps(ingredients, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
-
-
 def describe_files(root: Path) -> dict[str, Any]:
     """`files` (path, bytes, sha256; links are followed) and `payload_digest` of an attempt or artifact."""
     files = [
@@ -255,14 +243,6 @@ def payload_digest(files: list[dict[str, Any]]) -> str:
 
 def _walk(root: Path) -> list[Path]:
     return sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
-
-
-def library_version(name: str) -> str | None:
-    """Installed version of a distribution, without importing it."""
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
 
 
 def environment() -> dict[str, str | None]:

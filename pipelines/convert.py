@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines.recipe import Recipe
 from pipelines.stage import Metrics, Stage, Work
+from xtuner_core import adapters, registry
 from xtuner_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -67,15 +68,15 @@ def _merge(recipe: Recipe, work: Work, base_dir: Path, probes: list[list[int]]) 
     """The trained model in fp32; after LoRA also the logits of base + adapter, before they became one."""
     import torch
 
-    from xtuner_core.adapters.lora import save_adapter
     from xtuner_core.checkpoint.store import load_whole
 
     trained = load_whole(work.inputs["checkpoint"] / "checkpoint")
     _require_fit(recipe, base_dir, trained)
     _require_finite(trained)
     base = _load(base_dir, torch.float32)
-    if recipe.train.method == "full":
-        base.load_state_dict(trained, strict=False)  # a tied tensor is there once
+    save_adapter = getattr(registry.find(adapters, recipe.train.method), "save_adapter", None)
+    if save_adapter is None:
+        base.load_state_dict(trained, strict=False)  # a tied tensor is there once, a frozen one not at all
         return base, []
 
     from peft import PeftModel
@@ -99,12 +100,9 @@ def _require_fit(recipe: Recipe, base_dir: Path, trained: Mapping[str, torch.Ten
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from xtuner_core.adapters.lora import add_lora
-
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_dir, local_files_only=True))
-        if recipe.train.method == "lora":
-            add_lora(model, recipe.train.lora, recipe.seed)
+        registry.find(adapters, recipe.train.method).prepare(model, recipe.train, recipe.seed)
     expected = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = {name: tensor.shape for name, tensor in trained.items()}
     if wrong := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
@@ -215,7 +213,7 @@ def _base_name(recipe: Recipe) -> str:
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
     # The checkpoint's digest does not tell how its tensors are meant, so the method and its scaling are settings here too.
-    method = {"method": recipe.train.method, "lora": recipe.train.lora.model_dump(mode="json") if recipe.train.method == "lora" else None}
+    method = recipe.train.model_dump(mode="json", include={"method", "freeze"} if recipe.train.method == "full" else {"method", "lora"})
     return {**recipe.convert.model_dump(mode="json"), **method, "base": _base_name(recipe)}
 
 

@@ -10,8 +10,9 @@ from pipelines import base_model, chat, chatters, convert, evaluate, evaluators,
 from pipelines.artifacts import Artifact, Damaged, Store, key_of
 from pipelines.recipe import Recipe
 from pipelines.stage import Stage
-from xtuner_core import registry
-from xtuner_core.data import formats, templates
+from xtuner_core import adapters, registry
+from xtuner_core.data import formats, packing, templates
+from xtuner_core.optim import optimizers, schedules
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,10 +57,12 @@ def check(recipe: Recipe) -> None:
     """
     asked = {recipe.data.format, *(source.format for source in recipe.data.train)} - {"auto", None}
     named = [(launchers, recipe.train.launcher), *((formats, name) for name in sorted(name for name in asked if name))]
+    named += [(packing, recipe.data.packing), (adapters, recipe.train.method)]
+    named += [(optimizers, recipe.train.optimizer), (schedules, recipe.train.scheduler)]
     named += [(evaluators, recipe.eval.evaluator), (chatters, recipe.chat.chatter)]
     named += [(templates, recipe.model.template)] if recipe.model.template not in (None, templates.OWN) else []
     for package, name in named:
-        registry.find(package, name)
+        registry.require(package, name)
     for node in PIPELINE:
         node.stage.files(recipe)
 

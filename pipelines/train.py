@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 from pathlib import Path
@@ -15,6 +16,7 @@ from pipelines.recipe import Recipe
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core import registry
 from xtuner_core.config import SftConfig
+from xtuner_core.digest import library_version
 from xtuner_core.durable import remove, write_json
 from xtuner_core.errors import BUG, UserError, from_exit_code
 
@@ -47,7 +49,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     for name in ("metrics.jsonl", "validation.jsonl"):  # there is a validation loss only if the data has a validation split
         if (work.scratch / name).exists():
             shutil.copyfile(work.scratch / name, work.record / name)
-    return {**_summary(work.record), **_validation(work.record)}
+    return {**_summary(work.record), **_validation(work.record), **_left_out(work.payload / "checkpoint" / "checkpoint.json")}
 
 
 def _relay(line: str, work: Work) -> None:
@@ -68,8 +70,9 @@ def _summary(record: Path) -> Metrics:
     rows = [json.loads(line) for line in (record / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     by_step = {row["step"]: row for row in rows}  # a resumed run repeats the steps after its checkpoint
     steps = sorted(by_step)
-    losses = [by_step[step]["total_loss"] for step in steps]
-    loss_curve(steps, losses, record / "loss.png")
+    finite = [step for step in steps if math.isfinite(by_step[step]["total_loss"])]  # another may have been left out of the training
+    losses = [by_step[step]["total_loss"] for step in finite]
+    loss_curve(finite, losses, record / "loss.png")
     tokens = sum(by_step[step]["text_tokens"] for step in steps)
     seconds = sum(by_step[step]["time"] + by_step[step]["data_time"] for step in steps)
     return {"steps": len(steps), "first_loss": losses[0], "last_loss": losses[-1], "tokens": tokens, "tokens_per_second": tokens / seconds}
@@ -82,8 +85,15 @@ def _validation(record: Path) -> Metrics:
     return {"validation_loss": json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["validation_loss"]}
 
 
+def _left_out(facts: Path) -> Metrics:
+    """Number of steps that changed nothing, if the recipe allows any."""
+    return {name: count for name, count in json.loads(facts.read_text(encoding="utf-8")).items() if name == "skipped_steps"}
+
+
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    return {"train": recipe.train.model_dump(mode="json", exclude={"launcher", "checkpoint_interval"}), "seed": recipe.seed}
+    # The quantized base is not in the checkpoint, but what it was rounded to decides what the adapter learns.
+    quantizer = {"bitsandbytes": library_version("bitsandbytes")} if recipe.train.method == "qlora" else {}
+    return {**quantizer, "train": recipe.train.model_dump(mode="json", exclude={"launcher", "checkpoint_interval"}), "seed": recipe.seed}
 
 
 STAGE = Stage(name="train", version=3, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "numpy"), resumable=True)

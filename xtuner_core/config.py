@@ -27,6 +27,14 @@ def _split_paths(value: Any) -> Any:
 Paths = Annotated[tuple[str, ...], BeforeValidator(_split_paths)]
 
 
+def _split_names(value: Any) -> Any:
+    """`q_proj` or `q_proj,v_proj` from the command line means a list of names."""
+    return tuple(part.strip() for part in value.split(",")) if isinstance(value, str) else value
+
+
+Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_split_names)]
+
+
 class Source(Config):
     """Some input files, and how much of them is used."""
 
@@ -92,26 +100,56 @@ class LoraConfig(Config):
     rank: int = Field(default=16, ge=1, description="Rank of the update matrices.")
     alpha: int = Field(default=32, ge=1, description="The update is scaled by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
-    targets: str | tuple[str, ...] = Field(
-        default="all-linear", description="Names of the linear layers that get an adapter, or all-linear (all but the head)."
+    targets: Names = Field(
+        default=("all-linear",),
+        min_length=1,
+        description="Linear layers that get an adapter, by name or the end of it (q_proj, layers.0.self_attn.q_proj), or all-linear "
+        "(all but the head).",
     )
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (rank-stabilised LoRA, arXiv:2312.03732).")
+    dora: bool = Field(default=False, description="Learn the length of each output row apart from its direction (arXiv:2402.09353).")
 
 
 class TrainConfig(Config):
     """How the model is trained."""
 
-    method: Literal["full", "lora"] = Field(default="full", description="Train every weight, or low-rank adapters beside frozen weights.")
-    lora: LoraConfig = Field(default=LoraConfig(), description="Used when method is lora.")
+    method: str = Field(
+        default="full",
+        description="What is trained, a module of xtuner_core/adapters: full (the model's own weights), lora (low-rank adapters beside "
+        "frozen weights) or qlora (the same, the frozen weights in 4 bits).",
+    )
+    freeze: Names = Field(
+        default=(), description="Parameters that method full leaves as they are: names, or patterns such as model.layers.0.*"
+    )
+    lora: LoraConfig = Field(default=LoraConfig(), description="Used when method is lora or qlora.")
     epochs: int | None = Field(default=None, ge=1, description="Passes over the data (1 if neither this nor total_step is given).")
     total_step: int | None = Field(default=None, ge=1, description="Optimizer steps, instead of epochs.")
     global_batch_size: int = Field(default=1, ge=1, description="Packed sequences in one optimizer step, over all processes.")
     lr: float = Field(default=6e-5, gt=0, description="Peak learning rate.")
     lr_min: float = Field(default=1e-6, ge=0, description="Learning rate at the end of the schedule.")
-    scheduler: Literal["cosine", "linear", "constant"] = Field(default="cosine", description="Shape of the learning rate after warm-up.")
-    warmup_ratio: float = Field(default=0.03, ge=0, lt=1, description="Share of the steps in which the learning rate rises linearly.")
-    weight_decay: float = Field(default=0.01, ge=0, description="AdamW's decoupled weight decay; not applied to vectors (norms, biases).")
-    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's running-average coefficients.")
+    scheduler: str = Field(
+        default="cosine", description="Shape of the learning rate after warm-up, a module of xtuner_core/optim/schedules."
+    )
+    warmup_ratio: float = Field(
+        default=0.03, ge=0, description="Steps in which the learning rate rises linearly: below 1 a share of all steps, else their number."
+    )
+    decay_ratio: float = Field(
+        default=0.2, gt=0, le=1, description="Share of the steps after warm-up in which scheduler wsd lowers the learning rate."
+    )
+    optimizer: str = Field(default="adamw", description="Update rule, a module of xtuner_core/optim/optimizers.")
+    weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay; not applied to vectors (norms, biases).")
+    betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's running-average coefficients, each in [0, 1).")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
+    skip_grad_norm_factor: float | None = Field(
+        default=None,
+        gt=1,
+        description="Leave out a step whose gradient norm is above this many times the median of the last steps' norms, or is not finite "
+        "(none: no step is left out, and a number that is not finite ends the run).",
+    )
+    skip_grad_norm_window: int = Field(
+        default=32, ge=1, description="Steps whose gradient norms make the median; until there are so many, only finiteness counts."
+    )
+    max_skipped_steps: int = Field(default=8, ge=1, description="Steps left out in a row at which the run ends with an error.")
     dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="Precision of the computation; trained weights are kept in fp32.")
     loss_chunk: int = Field(default=1024, ge=1, description="Tokens whose logits exist at one time.")
     processes: int = Field(default=1, ge=1, description="Training processes (one a GPU; on CPU they share the cores).")
@@ -129,8 +167,16 @@ class TrainConfig(Config):
             raise ValueError("give epochs or total_step, not both")
         if self.global_batch_size % self.processes:
             raise ValueError(f"global_batch_size ({self.global_batch_size}) must be a multiple of processes ({self.processes})")
+        if self.freeze and self.method != "full":
+            raise ValueError(f"freeze is for method full, and method {self.method} leaves all the model's own weights as they are")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min ({self.lr_min}) is greater than lr ({self.lr})")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas ({self.betas[0]}, {self.betas[1]}) must be at least 0 and below 1")
+        if self.lr * self.weight_decay >= 1:
+            raise ValueError(f"lr × weight_decay ({self.lr * self.weight_decay}) must be below 1, or decay turns the weights' signs")
+        if self.warmup_ratio >= 1 and not self.warmup_ratio.is_integer():
+            raise ValueError(f"warmup_ratio ({self.warmup_ratio}) is a number of steps from 1 on, so it must be whole")
         return self
 
 

@@ -22,7 +22,25 @@ def packed_loss(model: PreTrainedModel, batch: Batch, chunk: int) -> torch.Tenso
     """
     hidden = model.get_decoder()(**_inputs(batch)).last_hidden_state  # [1, T, hidden]
     learned = batch.labels[0] != IGNORE
-    return chunked_cross_entropy(hidden[0, learned], cast(torch.nn.Module, model.get_output_embeddings()), batch.labels[0, learned], chunk)
+    return chunked_cross_entropy(hidden[0, learned], _logits(model), batch.labels[0, learned], chunk)
+
+
+def _logits(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
+    """The head, and what the model does to its output afterwards: scale it (Cohere, Granite), cap it by tanh (Gemma 2); fp32.
+
+    By the names of the config, which families share; `require_plain_head` proves that they mean the same here, and nothing else happens.
+    """
+    head = cast(torch.nn.Module, model.get_output_embeddings())
+    config = model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    cap: float | None = getattr(config, "final_logit_softcapping", None)
+
+    def logits(hidden: torch.Tensor) -> torch.Tensor:
+        out = head(hidden).float()
+        out = out if scale == 1.0 else out * scale
+        return out if cap is None else cap * torch.tanh(out / cap)
+
+    return logits
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
@@ -39,19 +57,39 @@ def _inputs(batch: Batch) -> dict[str, Any]:
 
 
 def require_plain_head(model: PreTrainedModel) -> None:
-    """Prove on four tokens that the model's logits are its head applied to its decoder's output; `model` in evaluation mode.
+    """Prove on eight tokens that `packed_loss` will be the model's own loss; `model` in evaluation mode.
+
+    Two documents behind a common beginning of two tokens; the second must come out as if the first were not there.
 
     Raises:
-        RecipeError: it scales or caps its logits afterwards (Granite, Cohere, Gemma 2), which `packed_loss` would silently leave out.
+        RecipeError: the model cannot run on packed documents, changes its logits in a way that its config does not say in known words,
+            or carries something from one document to the next (recurrent layers, convolutions). Most of it would go wrong silently.
     """
-    ids = torch.arange(4)[None]
-    inputs = _inputs(Batch(ids, ids, ids, torch.tensor([0, 4], dtype=torch.int32), 4, (0,), 0, 4).to(model.device))
-    head = cast(torch.nn.Module, model.get_output_embeddings())
-    with torch.no_grad():
-        ours = head(model.get_decoder()(**inputs).last_hidden_state)
-        own = model(**inputs).logits
-    if not torch.allclose(ours.float(), own.float(), rtol=1e-3, atol=0, equal_nan=True):
-        raise RecipeError(f"model.base: {type(model).__name__} changes its logits after the head; choose another model.")
+    name = type(model).__name__
+    packed = _row([0, 1, 2, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 2, 3, 4], [2, 5, 8], 2, model.device)
+    single = _row([0, 1, 5, 6, 7, 2, 3, 4], [*range(8)], [0, 8], 0, model.device)  # as long, so that rounding is the same
+    try:
+        with torch.no_grad():
+            hidden, alone = (model.get_decoder()(**row).last_hidden_state for row in (packed, single))
+            ours, own = _logits(model)(hidden), model(**packed).logits
+    except (AttributeError, KeyError, TypeError, ValueError) as error:  # another's code on inputs it was not written for
+        raise RecipeError(f"model.base: {name} cannot run on packed documents: {error}. Choose another model.") from error
+    if not _same(ours, own):
+        raise RecipeError(f"model.base: {name} changes its logits after the head in an unknown way; choose another model.")
+    if not _same(hidden[:, 5:8], alone[:, 2:5]):
+        raise RecipeError(f"model.base: {name} carries state from one packed document to the next; choose another model.")
+
+
+def _row(ids: list[int], places: list[int], bounds: list[int], shared: int, device: torch.device) -> dict[str, Any]:
+    tokens, positions = torch.tensor([ids]), torch.tensor([places])
+    batch = Batch(tokens, tokens, positions, torch.tensor(bounds, dtype=torch.int32), max(places) + 1, (0,), shared, len(ids))
+    return _inputs(batch.to(device))
+
+
+def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Whether they differ by rounding only, in proportion to the largest value; weights that are not finite are found elsewhere."""
+    tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps) * float(expected.float().abs().max())
+    return torch.allclose(found.float(), expected.float(), rtol=0, atol=tolerance, equal_nan=True)
 
 
 def chunked_cross_entropy(

@@ -17,8 +17,8 @@ def names(package: ModuleType) -> list[str]:
     return sorted(module.name for module in pkgutil.iter_modules(package.__path__) if not module.name.startswith("_"))
 
 
-def find(package: ModuleType, name: str) -> ModuleType:
-    """The module of `package` called `name`.
+def require(package: ModuleType, name: str) -> None:
+    """Check a name without importing its module.
 
     Raises:
         RecipeError: no such module; the message lists the known names.
@@ -27,4 +27,9 @@ def find(package: ModuleType, name: str) -> ModuleType:
     if name not in known:
         kind = package.__name__.rsplit(".", 1)[-1]
         raise RecipeError(f"{name!r} is not one of the {kind}: {', '.join(known)}.")
+
+
+def find(package: ModuleType, name: str) -> ModuleType:
+    """The module of `package` called `name` (RecipeError as `require`)."""
+    require(package, name)
     return importlib.import_module(f"{package.__name__}.{name}")

@@ -1,34 +1,47 @@
-"""Supervised fine-tuning, one process of it: `torchrun --nproc-per-node N -m xtuner_core.sft --config FILE.json`.
+"""Supervised fine-tuning, one process of it: `torchrun --nproc-per-node N -m xtuner_core.sft FLAGS`, or without torchrun as the only one.
 
 torchrun exits with 1 whatever a rank's code was, so the outcome (exit code and message) is also written to `WORK_DIR/outcome.json`.
 """
 
 from __future__ import annotations
 
-import argparse
 import os
+import signal
 import sys
+from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 
-from pydantic import ValidationError
-
+from xtuner_core import run_record
+from xtuner_core.arguments import Arguments, parse
 from xtuner_core.config import SftConfig
 from xtuner_core.durable import write_json
-from xtuner_core.errors import RecipeError, UserError, from_os_error
+from xtuner_core.errors import Interrupted, RecipeError, UserError, from_os_error
+from xtuner_core.run_config import RunConfig, is_prepared, merge, prepared_run, read_tree, whole_run
 from xtuner_core.signals import StopRequest, die_with_parent
 
 OUTCOME = "outcome.json"
+DONE = "done"
 
 
 def read_config(path: Path) -> SftConfig:
-    """The run's configuration (RecipeError names the field that is wrong)."""
-    try:
-        return SftConfig.model_validate_json(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"--config {path}: {error.strerror}.") from None
-    except ValidationError as error:
-        problem = error.errors()[0]
-        raise RecipeError(f"--config {path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}.") from None
+    """A run on data that is packed already (RecipeError names the field that is wrong)."""
+    return prepared_run(read_tree(path), f"--config {path}")
+
+
+def asked(arguments: Arguments) -> SftConfig | RunConfig:
+    """What the command line and its file ask for.
+
+    Raises:
+        RecipeError: a field is wrong, or a flag has no place in a run on prepared data.
+    """
+    tree = read_tree(arguments.config) if arguments.config else {}
+    source = f"--config {arguments.config}" if arguments.config else "command line"
+    if not is_prepared(tree):
+        return whole_run(merge(tree, arguments.values), source, processes_of_this_run())
+    if foreign := [".".join(field) for field in arguments.values if field[0] not in ("train", "seed", "work_dir")]:
+        raise RecipeError(f"{source}: it names data and a model that are prepared; {', '.join(foreign)} cannot be changed any more.")
+    return prepared_run(merge(tree, arguments.values), source)
 
 
 def run(config: SftConfig, stop: StopRequest) -> None:
@@ -40,19 +53,74 @@ def run(config: SftConfig, stop: StopRequest) -> None:
         train(config, world, stop)
 
 
+def run_whole(asked: RunConfig, files: ExitStack) -> None:
+    """Let rank 0 prepare, then train; the work directory is this run's until `files` closes.
+
+    Raises:
+        Interrupted: a signal came while the run was prepared; what is finished is kept.
+    """
+    from xtuner_core.parallel.rendezvous import sharing
+
+    def prepare() -> str:
+        from xtuner_core.metrics import say
+        from xtuner_core.preparation import prepare_run
+
+        config = prepare_run(asked, processes_of_this_run(), lambda line: say(0, line))
+        return config.model_dump_json() if config else DONE
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        share = files.enter_context(sharing())
+        settled = share(prepare)
+        stop = StopRequest()
+    except KeyboardInterrupt:
+        if not _is_first():  # the launcher ends the ranks that wait for the first
+            raise SystemExit(Interrupted.exit_code) from None
+        raise Interrupted("stopped while the run was prepared; the same command continues from there.") from None
+    if settled == DONE:
+        print(f"nothing to do: {asked.work_dir / 'final'} is this run's result. Start over with --no-resume.", flush=True)
+        return
+    config = SftConfig.model_validate_json(settled)
+    comment = "failed"
+    try:
+        run(config, stop)
+        comment = "finished"
+    except Interrupted:
+        comment = "stopped"
+        raise
+    finally:
+        if _is_first():
+            run_record.end(config, processes_of_this_run(), comment)
+
+
+def processes_of_this_run() -> int:
+    """How many torchrun started; one without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Train, and report a failure on stderr, as exit code, and in the outcome file."""
-    parser = argparse.ArgumentParser(prog="python -m xtuner_core.sft", description=__doc__)
-    parser.add_argument("--config", type=Path, required=True, help="JSON file with the fields of xtuner_core.config.SftConfig")
-    path = parser.parse_args(arguments).config
-    die_with_parent()
-    stop = StopRequest()
     work_dir = None
     try:
-        config = read_config(path)
-        work_dir = config.work_dir
-        work_dir.mkdir(parents=True, exist_ok=True)
-        run(config, stop)
+        with ExitStack() as files:
+            config = asked(parse(sys.argv[1:] if arguments is None else arguments))
+            if "LOCAL_RANK" in os.environ:
+                die_with_parent()
+            if isinstance(config, SftConfig):
+                work_dir = config.work_dir
+                work_dir.mkdir(parents=True, exist_ok=True)
+                run(config, StopRequest())
+            else:
+                if _is_first():
+                    from xtuner_core.work_dir import claim
+
+                    files.callback(claim(config.work_dir).release)
+                work_dir = config.work_dir  # from here on it is ours to write to
+                run_whole(config, files)
         return 0
     except UserError as error:
         return _report(work_dir, error)
@@ -60,9 +128,13 @@ def main(arguments: list[str] | None = None) -> int:
         return _report(work_dir, from_os_error(error))
 
 
+def _is_first() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _report(work_dir: Path | None, error: UserError) -> int:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    if work_dir is not None and os.environ.get("RANK", "0") == "0":
+    if work_dir is not None and _is_first():
         try:
             write_json(work_dir / OUTCOME, {"code": error.exit_code, "message": str(error)})
         except OSError as failure:

@@ -25,13 +25,13 @@ class StopRequest:
         self.asked = True
 
 
-def die_with_parent() -> None:
-    """Ask the kernel for SIGTERM when the parent ends.
+def die_with_parent(parent: int | None = None) -> None:
+    """Ask the kernel for SIGTERM when the parent ends: process `parent`, or whichever it is now.
 
     torchrun starts each rank in a session of its own, so killing torchrun would leave the ranks training (pytorch issue 113231).
     A parent that died before this call is noticed when the ranks meet: torchrun hosts the store they meet at.
     """
-    parent = os.getppid()
+    parent = parent or os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:
         raise SystemExit("the launcher is gone")

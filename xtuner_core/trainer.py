@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from xtuner_core.adapters.lora import add_lora
+from xtuner_core import adapters, registry
 from xtuner_core.checkpoint import state, store
 from xtuner_core.config import SftConfig
 from xtuner_core.data.dataset import PackedDataset
 from xtuner_core.data.loader import Batch, load_step
 from xtuner_core.data.order import steps_of
 from xtuner_core.errors import DataError, Interrupted, RecipeError
-from xtuner_core.guards import require_finite
+from xtuner_core.guards import History, judge
 from xtuner_core.loss import require_plain_head
 from xtuner_core.metrics import MetricsLog, StepMetrics, clock, memory, say
 from xtuner_core.models.load import load_model
@@ -35,7 +37,7 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
 
     Raises:
         Interrupted: a signal came; a checkpoint of the last finished step was saved.
-        DataError: there is nothing to train on, or a loss or gradient is not finite.
+        DataError: there is nothing to train on, or a loss or gradient is not finite, or too many steps in a row were left out.
         RecipeError: the packs of a step cannot be dealt out evenly to the processes.
     """
     if config.train.global_batch_size % world.size:
@@ -45,14 +47,14 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
         raise DataError(f"{config.data_dir}: no packs to train on; preference pairs and prompts are only kept for later use.")
     model, optimizer = build(config, world)
     total = config.train.total_step or steps_of(len(dataset), config.train.epochs or 1, config.train.global_batch_size)
-    first = resume(config, model, optimizer, world)
+    first, history = resume(config, model, optimizer, world)
     log = MetricsLog(config.work_dir / "metrics.jsonl", world.rank)
     run_started, run_tokens = clock(), 0
     for step in range(first, total + 1):
         measured = not due(step, total, len(dataset), config.train) or validate(model, step, config, world, stop)
         if not measured or (step < total and any_rank(stop.asked, world)):
             if step > first:  # otherwise there is nothing new to save
-                save_checkpoint(config, model, optimizer, world, step)
+                save_checkpoint(config, model, optimizer, world, step, history)
             raise Interrupted(f"stopped after step {step} of {total}; the same command continues from there.")
         if step == total:
             break
@@ -60,7 +62,7 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
         batches = load_step(dataset, step, config.train.global_batch_size, config.seed, world.rank, world.size)
         loaded = clock()
         set_learning_rate(optimizer, rate := learning_rate(step, total, config.train))
-        loss, grad_norm = train_step(model, optimizer, batches, config, world, step)
+        loss, grad_norm, history = train_step(model, optimizer, batches, config, world, history, step)
         spent, tokens = clock() - loaded, sum(batch.text_tokens for batch in batches)
         run_tokens += tokens
         pace = (clock() - run_started) / (step + 1 - first)
@@ -72,15 +74,19 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
             e2e_tgs=run_tokens / (clock() - run_started), eta=pace * (total - step - 1), pack_efficiency=tokens / slots,
         ))  # fmt: skip
         if config.train.checkpoint_interval and (step + 1) % config.train.checkpoint_interval == 0 and step + 1 < total:
-            save_checkpoint(config, model, optimizer, world, step + 1)
+            save_checkpoint(config, model, optimizer, world, step + 1, history)
+    if history.skipped == total:
+        raise DataError(f"all {total} steps were left out (train.skip_grad_norm_factor); nothing was learned. Lower train.lr.")
     facts = {"step": total, "seed": config.seed, "train": config.train.model_dump(mode="json")}
+    facts |= {"skipped_steps": history.skipped} if config.train.skip_grad_norm_factor else {}
     store.save(config.work_dir / FINAL, state.trained_tensors(model), facts, world)
 
 
 def train_step(
-    model: PreTrainedModel, optimizer: torch.optim.Optimizer, batches: list[Batch], config: SftConfig, world: World, step: int
-) -> tuple[float, float]:
-    """One optimizer update; returns the loss per learned token over all ranks, and the gradient norm before clipping.
+    model: PreTrainedModel, optimizer: Optimizer, batches: list[Batch], config: SftConfig, world: World, history: History, step: int
+) -> tuple[float, float, History]:
+    """One optimizer update, if its numbers are good; returns the loss per learned token over all ranks, the gradient norm before
+    clipping, and the history with this step.
 
     The loss is divided by the learned tokens of the whole step, so it and its gradient do not depend on how packs are dealt to
     ranks and micro-batches. FSDP averages gradients over ranks, hence the factor `world.size`.
@@ -94,32 +100,33 @@ def train_step(
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.train.max_grad_norm, foreach=True)
     grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
     mean_loss = sum_over_ranks(float(total), world) / max(1.0, learned)
-    require_finite(step + 1, mean_loss, grad_norm, [number for batch in batches for number in batch.documents])
-    optimizer.step()
+    documents = [number for batch in batches for number in batch.documents]
+    history = judge(history, step + 1, mean_loss, grad_norm, documents, config.train, world)
+    if history.in_a_row == 0:
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return mean_loss, grad_norm
+    return mean_loss, grad_norm, history
 
 
-def build(config: SftConfig, world: World) -> tuple[PreTrainedModel, torch.optim.Optimizer]:
+def build(config: SftConfig, world: World) -> tuple[PreTrainedModel, Optimizer]:
     """Model with adapters and sharding, in this order, and its optimizer."""
     model = load_model(config.model_dir, config.train)
     require_plain_head(model)
     model.train()
-    if config.train.method == "lora":
-        add_lora(model, config.train.lora, config.seed)
+    registry.find(adapters, config.train.method).prepare(model, config.train, config.seed)
     model.to(world.device)  # pyright: ignore[reportArgumentType]
-    trained, every = (sum(p.numel() for p in model.parameters() if p.requires_grad or all_) for all_ in (False, True))
+    trained, every = model.num_parameters(only_trainable=True), model.num_parameters()  # a 4-bit weight counts as what it stands for
     say(world.rank, f"Total trainable parameters: {trained / 1e6:.1f}M, total parameters: {every / 1e6:.1f}M")
     shard(model, world, config.train.dtype)
     torch.manual_seed(config.seed * 1000 + world.rank)
     return model, make_optimizer(model, config.train)
 
 
-def resume(config: SftConfig, model: PreTrainedModel, optimizer: torch.optim.Optimizer, world: World) -> int:
-    """Load the newest whole checkpoint if there is one; returns the number of steps that are done."""
+def resume(config: SftConfig, model: PreTrainedModel, optimizer: Optimizer, world: World) -> tuple[int, History]:
+    """Load the newest whole checkpoint if there is one; returns the number of steps that are done, and their history."""
     folder = store.newest(config.work_dir)
     if folder is None:
-        return 0
+        return 0, History()
     facts = store.facts(folder)
     tensors = state.collect(model, optimizer, world)
     if world.rank >= facts["world_size"]:  # a rank that did not exist then starts its own random stream
@@ -127,13 +134,13 @@ def resume(config: SftConfig, model: PreTrainedModel, optimizer: torch.optim.Opt
     store.load(folder, tensors)
     state.restore(model, optimizer, world, tensors)
     say(world.rank, f"resumed from {folder.name}")
-    return facts["step"]
+    return facts["step"], History.of_checkpoint(facts)
 
 
-def save_checkpoint(config: SftConfig, model: PreTrainedModel, optimizer: torch.optim.Optimizer, world: World, step: int) -> None:
+def save_checkpoint(config: SftConfig, model: PreTrainedModel, optimizer: Optimizer, world: World, step: int, history: History) -> None:
     """Publish `checkpoints/step-N` and drop all but the newest few."""
     folder: Path = config.work_dir / "checkpoints" / f"step-{step}"
-    store.save(folder, state.collect(model, optimizer, world), {"step": step}, world)
+    store.save(folder, state.collect(model, optimizer, world), {"step": step, "history": asdict(history)}, world)
     if world.rank == 0:
         store.keep_newest(config.work_dir, KEEP_CHECKPOINTS)
         say(world.rank, f"saved checkpoint {folder.name}")

@@ -12,15 +12,22 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 from pipelines import chat, chatters, evaluate, evaluators, launchers, prepare, train
 from pipelines.recipe import PROJECT, load_recipe, shipped_names
 from pipelines.stage import Metrics, Stage, Work
-from xtuner_core import registry
+from xtuner_core import adapters, registry
+from xtuner_core.checkpoint.state import trained_tensors
+from xtuner_core.config import TrainConfig
 from xtuner_core.data import formats, packing, templates
 from xtuner_core.errors import Interrupted, RecipeError
+from xtuner_core.models.load import load_model
+from xtuner_core.optim import optimizers, schedules
+from xtuner_core.optim.optimizer import make_optimizer
+from xtuner_core.optim.schedule import learning_rate
 
-REGISTRIES = (formats, templates, packing, launchers, evaluators, chatters)
+REGISTRIES = (formats, templates, packing, adapters, optimizers, schedules, launchers, evaluators, chatters)
 
 FORMAT = """
 from xtuner_core.data.conversation import Conversation, Message
@@ -38,6 +45,30 @@ def render(conversation):
     for message in conversation.messages:
         yield Text(message.content, loss=message.loss)
         yield Control(STOP, loss=message.loss)
+"""
+
+METHOD = """
+import torch
+from transformers import AutoModelForCausalLM
+
+def load(model_dir, train, **options):
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float64, **options)
+
+def prepare(model, train, seed):
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name.endswith("norm.weight"))
+"""
+
+OPTIMIZER = """
+import torch
+
+def make(model, train):
+    return torch.optim.SGD(model.parameters(), lr=train.lr)
+"""
+
+SCHEDULE = """
+def share(progress, train):
+    return 1 - progress ** 2
 """
 
 LAUNCHER = """
@@ -151,6 +182,26 @@ def test_a_template(drop: Callable[[ModuleType, str], str], tmp_path: Path, tiny
     data = _jsonl(tmp_path / "data.jsonl", [{"role": "user", "content": "1+1"}, {"role": "assistant", "content": "two"}])
     metrics = _run(prepare.STAGE, tmp_path / "out", {"base": tmp_path / "base"}, f"model.template={name}", f"data.train={data}")
     assert (metrics["template"], metrics["tokens"]) == (name, len("1+1") + len("two") + 2)
+
+
+def test_a_method(drop: Callable[[ModuleType, str], str], tiny_model_folder: Path) -> None:
+    train = TrainConfig(method=drop(adapters, METHOD))
+    model = load_model(tiny_model_folder, train)
+    registry.find(adapters, train.method).prepare(model, train, 0)
+    assert model.dtype == torch.float64
+    assert {name.rsplit(".", 2)[-2] for name in trained_tensors(model)} >= {"norm", "input_layernorm"}
+    assert all("norm" in name for name in trained_tensors(model))
+
+
+def test_an_optimizer(drop: Callable[[ModuleType, str], str]) -> None:
+    model = torch.nn.Linear(2, 2)
+    made = make_optimizer(model, TrainConfig(optimizer=drop(optimizers, OPTIMIZER), lr=0.5))
+    assert isinstance(made, torch.optim.SGD) and made.param_groups[0]["lr"] == 0.5
+
+
+def test_a_schedule(drop: Callable[[ModuleType, str], str]) -> None:
+    train = TrainConfig(scheduler=drop(schedules, SCHEDULE), lr=4.0, lr_min=0.0, warmup_ratio=0, weight_decay=0)
+    assert [learning_rate(step, 3, train) for step in range(3)] == [4.0, 3.0, 0.0]
 
 
 def test_a_launcher(drop: Callable[[ModuleType, str], str], tmp_path: Path, tiny_model_folder: Path) -> None:

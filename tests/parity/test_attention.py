@@ -39,6 +39,19 @@ MODELS: dict[str, dict[str, Any]] = {
         "layer_types": ["sliding_attention", "full_attention"],
         "query_pre_attn_scalar": 16,  # a scaling that is not 1 / sqrt(head_dim)
     },
+    "gemma2": {
+        "model_type": "gemma2",
+        "attn_logit_softcapping": 2.0,
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+    "gpt_oss": {
+        "model_type": "gpt_oss",
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,  # of one, the router would have no gradient but rounding
+        "sliding_window": 9,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
 }
 
 
@@ -51,6 +64,9 @@ def models(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
         )
         for implementation in ("eager", attention.register())
     )
+    for name, parameter in eager.named_parameters():
+        if name.endswith("sinks"):
+            torch.nn.init.normal_(parameter, std=2.0)
     packed.load_state_dict(eager.state_dict())
     return eager, packed
 
@@ -67,10 +83,15 @@ def difference(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).detach().abs().max() / expected.detach().abs().max())
 
 
-@pytest.mark.parametrize("short", [512, 16, 0])  # every document by matrix products, some, none
+# Every document by matrix products, some, none; whole, and in blocks.
+every_way = pytest.mark.parametrize(("short", "block"), [(512, 512), (16, 512), (0, 512), (512, 16), (0, 16)])
+
+
+@every_way
 @pytest.mark.parametrize("name", MODELS)
-def test_a_packed_row_equals_its_documents_alone(name: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_packed_row_equals_its_documents_alone(name: str, short: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(attention, "BLOCK", block)
     eager, packed = models(name)
     ids = torch.randint(VOCABULARY, (1, sum(LENGTHS)))
     weight = torch.randn(1, sum(LENGTHS), VOCABULARY)
@@ -85,11 +106,12 @@ def test_a_packed_row_equals_its_documents_alone(name: str, short: int, monkeypa
         assert difference(found.grad, expected.grad) <= TOLERANCE, parameter
 
 
-@pytest.mark.parametrize("short", [512, 16, 0])
+@every_way
 @pytest.mark.parametrize("name", MODELS)
-def test_a_shared_beginning_stands_for_that_of_every_document(name: str, short: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shared_beginning_stands_for_that_of_every_document(name: str, short: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Loss weights on the documents' own tokens: the same logits there, and the same gradients of every parameter."""
     monkeypatch.setattr(attention, "SHORT", short)
+    monkeypatch.setattr(attention, "BLOCK", block)
     eager, packed = models(name)
     shared, own = torch.randint(VOCABULARY, (11,)), [torch.randint(VOCABULARY, (length,)) for length in LENGTHS]
     weights = [torch.randn(length, VOCABULARY) for length in LENGTHS]
@@ -128,18 +150,46 @@ def test_documents_do_not_see_each_other() -> None:
     assert changed[1:41].all() and not changed[:1].any() and not changed[41:].any()
 
 
-def test_dropout_keeps_the_expected_value(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_keeps_the_expected_value() -> None:
     torch.manual_seed(0)
     rows = [torch.randn(1, heads, 12, 8) for heads in (4, 2, 2)]
     bounds = torch.tensor([0, 12], dtype=torch.int32)
-    for short in (512, 0):
-        monkeypatch.setattr(attention, "SHORT", short)
-        plain, _ = attention.document_attention(torch.nn.Identity(), *rows, None, cu_seq_lens_q=bounds)
-        dropped = [
-            attention.document_attention(torch.nn.Identity(), *rows, None, dropout=0.2, cu_seq_lens_q=bounds)[0] for _ in range(2000)
-        ]
-        assert difference(torch.stack(dropped).mean(0), plain) < 0.05
-        assert not torch.equal(dropped[0], dropped[1])
+    sinks = torch.randn(4)
+    plain, _ = attention.document_attention(torch.nn.Identity(), *rows, None, s_aux=sinks, cu_seq_lens_q=bounds)
+    dropped = [
+        attention.document_attention(torch.nn.Identity(), *rows, None, dropout=0.2, s_aux=sinks, cu_seq_lens_q=bounds)[0]
+        for _ in range(2000)
+    ]
+    assert difference(torch.stack(dropped).mean(0), plain) < 0.05
+    assert not torch.equal(dropped[0], dropped[1])
+
+
+def test_the_backward_pass_of_a_block_draws_the_same_dropout(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The output is linear in the values, so the product of values and gradient must be the output's sum."""
+    monkeypatch.setattr(attention, "BLOCK", 5)
+    query, key, value = (torch.randn(1, 2, 23, 8, requires_grad=True) for _ in range(3))
+    bounds = torch.tensor([0, 23], dtype=torch.int32)
+    out, _ = attention.document_attention(torch.nn.Identity(), query, key, value, None, dropout=0.5, cu_seq_lens_q=bounds)
+    out.sum().backward()
+    assert value.grad is not None
+    assert (value * value.grad).sum().item() == pytest.approx(out.sum().item(), rel=1e-4)
+
+
+def test_a_long_document_costs_memory_by_the_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Scores never exist for all pairs of tokens, neither in a window nor with sinks."""
+    sizes: list[int] = []
+    allowed = attention._allowed
+
+    def watched(*arguments: Any) -> torch.Tensor:
+        sizes.append((mask := allowed(*arguments)).numel())
+        return mask
+
+    monkeypatch.setattr(attention, "_allowed", watched)
+    rows = [torch.randn(1, 1, 2000, 4) for _ in range(3)]
+    bounds = torch.tensor([0, 2000], dtype=torch.int32)
+    for sinks in (None, torch.zeros(1)):
+        attention.document_attention(torch.nn.Identity(), *rows, None, s_aux=sinks, sliding_window=100, cu_seq_lens_q=bounds)
+    assert len(sizes) == 8 and max(sizes) < 512 * 612
 
 
 def test_input_without_document_bounds_is_refused() -> None:
@@ -148,9 +198,22 @@ def test_input_without_document_bounds_is_refused() -> None:
         packed(input_ids=torch.zeros(1, 4, dtype=torch.long), use_cache=False)
 
 
-@pytest.mark.parametrize(("model_type", "needed"), [("gpt_oss", "attention sinks"), ("gemma2", "capped attention scores")])
-def test_attention_that_would_be_silently_wrong_is_refused(model_type: str, needed: str) -> None:
-    config = AutoConfig.for_model(model_type, **SMALL, num_local_experts=2, num_experts_per_tok=1)
+@pytest.mark.parametrize(
+    ("unknown", "named"), [({"position_bias": torch.zeros(1)}, "position_bias"), ({"is_causal": False}, "is_causal=False")]
+)
+def test_attention_that_would_be_silently_wrong_is_refused(unknown: dict[str, Any], named: str) -> None:
+    rows = [torch.randn(1, 1, 4, 8)] * 3
+    bounds = torch.tensor([0, 4], dtype=torch.int32)
+    with pytest.raises(RecipeError, match=f"Identity needs {named}, which packed training lacks"):
+        attention.document_attention(torch.nn.Identity(), *rows, None, cu_seq_lens_q=bounds, **unknown)
+    with pytest.raises(RecipeError, match="Identity needs attention_mask"):
+        attention.document_attention(torch.nn.Identity(), *rows, torch.zeros(4, 4), cu_seq_lens_q=bounds)
+
+
+def test_a_window_that_only_a_dense_mask_would_apply_is_refused() -> None:
+    config = AutoConfig.for_model("phimoe", **SMALL, sliding_window=9, num_local_experts=2, num_experts_per_tok=1)
     model = AutoModelForCausalLM.from_config(config, attn_implementation=attention.register())
-    with pytest.raises(RecipeError, match=needed):
-        model(input_ids=torch.zeros(1, 4, dtype=torch.long), **packing([4]))
+    ids = torch.zeros(1, 18, dtype=torch.long)
+    model(input_ids=ids, **packing([9, 9]))
+    with pytest.raises(RecipeError, match=r"sliding_window \(9\) holds for it, and a document has 10 tokens; set data.max_length to 9"):
+        model(input_ids=ids, **packing([10, 8]))

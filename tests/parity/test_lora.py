@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from pydantic import ValidationError
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xtuner_core.adapters.lora import add_lora, peft_config, save_adapter
@@ -18,6 +19,10 @@ from xtuner_core.models.load import load_model
 CONFIGS = {
     "all-linear": LoraConfig(rank=4, alpha=12),
     "two-targets": LoraConfig(rank=2, alpha=2, targets=("q_proj", "down_proj")),
+    "one-layer": LoraConfig(rank=2, alpha=4, targets=("layers.1.self_attn.v_proj", "o_proj")),
+    "rslora": LoraConfig(rank=4, alpha=6, rslora=True),
+    "dora": LoraConfig(rank=4, alpha=12, dora=True),
+    "rslora and dora": LoraConfig(rank=4, alpha=6, rslora=True, dora=True),
 }
 IDS = torch.arange(60).reshape(2, 30)
 
@@ -31,6 +36,8 @@ def adapted(folder: Path, lora: LoraConfig) -> PreTrainedModel:
     for name, tensor in trained_tensors(model).items():
         if "lora_B" in name:
             tensor.normal_(std=0.1)
+        if "magnitude" in name:
+            tensor.mul_(torch.rand_like(tensor) + 0.5)
     return model
 
 
@@ -88,6 +95,49 @@ def test_the_seed_decides_the_adapter_on_every_rank(tiny_model_folder: Path) -> 
     assert all(torch.equal(one[name], other[name]) == ("lora_B" in name) for name in one)
 
 
-def test_an_unknown_target_lists_the_linear_layers(tiny_model_folder: Path) -> None:
-    with pytest.raises(RecipeError, match=r"train\.lora\.targets .*The linear layers are: down_proj, gate_proj, k_proj"):
-        add_lora(load_model(tiny_model_folder, TrainConfig()), LoraConfig(targets=("qproj",)), 0)
+@pytest.mark.parametrize("name", CONFIGS)
+def test_the_adapter_means_the_papers_formula(tiny_model_folder: Path, name: str) -> None:
+    lora, ours, expected = CONFIGS[name], adapted(tiny_model_folder, CONFIGS[name]).eval(), plain(tiny_model_folder)
+    tensors = trained_tensors(ours)
+    scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+    with torch.no_grad():
+        for layer in {tensor.split(".lora_")[0] for tensor in tensors}:
+            weight = expected.get_submodule(layer).weight
+            weight += scale * tensors[f"{layer}.lora_B.default.weight"] @ tensors[f"{layer}.lora_A.default.weight"]
+            if lora.dora:
+                weight *= (tensors[f"{layer}.lora_magnitude_vector.default.weight"] / weight.norm(dim=1))[:, None]
+        assert (ours(input_ids=IDS).logits - (logits := expected(input_ids=IDS).logits)).abs().max() <= 1e-5 * logits.abs().max()
+
+
+def test_dora_starts_as_the_base_model(tiny_model_folder: Path) -> None:
+    model = load_model(tiny_model_folder, TrainConfig(dtype="fp32"))
+    model.set_attn_implementation("eager")
+    add_lora(model, CONFIGS["dora"], seed=3)
+    with torch.no_grad():
+        found, expected = model(input_ids=IDS).logits, plain(tiny_model_folder)(input_ids=IDS).logits
+    assert (found - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("targets", [("qproj",), ("q_proj", "qproj"), ("q_proj", "qproj", "self_attn"), ("qproj", "all-linear")])
+def test_each_unknown_target_lists_the_linear_layers(tiny_model_folder: Path, targets: tuple[str, ...]) -> None:
+    told = r"train\.lora\.targets: 'qproj' matches no linear layer\. The linear layers are: down_proj, gate_proj, k_proj, lm_head,"
+    with pytest.raises(RecipeError, match=told):
+        add_lora(load_model(tiny_model_folder, TrainConfig()), LoraConfig(targets=targets), 0)
+
+
+def test_a_tied_head_cannot_be_a_target(tiny_model_folder: Path) -> None:
+    with pytest.raises(RecipeError, match="this model's head is its embedding"):
+        add_lora(load_model(tiny_model_folder, TrainConfig()), LoraConfig(targets=("q_proj", "lm_head")), 0)
+
+
+def test_targets_are_a_word_several_or_a_list() -> None:
+    for given, meant in (
+        ("q_proj", ("q_proj",)),
+        ("q_proj, v_proj", ("q_proj", "v_proj")),
+        (["a"], ("a",)),
+        ("all-linear", ("all-linear",)),
+    ):
+        assert LoraConfig.model_validate({"targets": given}).targets == meant
+    for wrong in ([], "", "a,", [""]):
+        with pytest.raises(ValidationError):
+            LoraConfig.model_validate({"targets": wrong})

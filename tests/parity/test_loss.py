@@ -114,17 +114,40 @@ def build(model_type: str, **more: object) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, attn_implementation=attention.register()).eval()
 
 
-@pytest.mark.parametrize(
-    ("model_type", "more"), [("granite", {"logits_scaling": 8.0}), ("cohere", {}), ("gemma3_text", {"final_logit_softcapping": 1.0})]
+def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused() -> None:
+    require_plain_head(build("hyperclovax", logits_scaling=1.0))
+    with pytest.raises(RecipeError, match="HyperCLOVAXForCausalLM changes its logits after the head"):
+        require_plain_head(build("hyperclovax", logits_scaling=8.0))  # it multiplies by what Granite divides by
+
+
+CHANGED = (
+    ("granite", {"logits_scaling": 10.0}),
+    ("cohere", {"logit_scale": 0.3}),
+    ("gemma2", {"final_logit_softcapping": 0.5}),
+    ("gemma3_text", {"final_logit_softcapping": 1.0}),
 )
-def test_a_model_that_changes_its_logits_after_the_head_is_refused(model_type: str, more: dict[str, object]) -> None:
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("model_type", "more"), [*CHANGED, *((name, {}) for name in ("llama", "mistral", "qwen3_moe", "phi3"))])
+def test_known_heads_are_accepted(model_type: str, more: dict[str, object], dtype: torch.dtype) -> None:
+    require_plain_head(build(model_type, **more).to(dtype))  # pyright: ignore[reportArgumentType]
+
+
+@pytest.mark.parametrize(("model_type", "more"), CHANGED)
+def test_a_change_of_the_logits_that_is_left_out_is_found(model_type: str, more: dict[str, object]) -> None:
+    model = build(model_type, **more)
+    forward, (name,) = model.forward, more
+    config = model.config.get_text_config()
+
+    def own(**inputs: object) -> object:
+        setattr(config, name, more[name])
+        return forward(**inputs)
+
+    setattr(config, name, 1e6 if "cap" in name else 1.0)
+    model.forward = own  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(RecipeError, match="changes its logits after the head"):
-        require_plain_head(build(model_type, **more))
-
-
-@pytest.mark.parametrize("model_type", ["llama", "qwen3", "qwen2", "mistral", "gemma3_text", "qwen3_moe", "phi3", "granite"])
-def test_plain_heads_are_accepted(model_type: str) -> None:
-    require_plain_head(build(model_type))
+        require_plain_head(model)
 
 
 def test_a_batch_can_be_moved(dataset: PackedDataset) -> None:

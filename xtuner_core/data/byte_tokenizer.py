@@ -5,6 +5,7 @@ It is an ordinary `tokenizer.json` (byte-level BPE without merges) that AutoToke
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from xtuner_core.data.templates.chatml import JINJA
@@ -22,16 +23,20 @@ def byte_symbols() -> list[str]:
     return [chr(byte if byte in printable else next(others)) for byte in range(BYTES)]
 
 
-def write_byte_tokenizer(folder: Path) -> None:
-    """Write tokenizer.json, tokenizer_config.json and a ChatML chat_template.jinja."""
+def write_byte_tokenizer(folder: Path, turns: Sequence[str] = CONTROLS[3:], jinja: str | None = JINJA) -> None:
+    """Write tokenizer.json, tokenizer_config.json and, of a template that has one, chat_template.jinja: ChatML's if nothing is said.
+
+    `turns` are the control tokens of the template, with ids behind those of beginning, end and padding.
+    """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.BPE(vocab={symbol: byte for byte, symbol in enumerate(byte_symbols())}, merges=[]))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in CONTROLS])
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in (*CONTROLS[:3], *turns)])
     write_bytes(folder / "tokenizer.json", tokenizer.to_str(pretty=True).encode())
-    write_bytes(folder / "chat_template.jinja", JINJA.encode())
+    if jinja is not None:
+        write_bytes(folder / "chat_template.jinja", jinja.encode())
     bos, eos, pad, *_ = CONTROLS
     write_json(
         folder / "tokenizer_config.json",

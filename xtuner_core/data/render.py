@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, cast
 
@@ -13,7 +14,7 @@ from xtuner_core.data import templates
 from xtuner_core.data.conversation import Conversation, Message
 from xtuner_core.data.jsonl import Rejected
 from xtuner_core.data.own_template import own_renderer, own_tokenizer
-from xtuner_core.data.pieces import Piece
+from xtuner_core.data.pieces import Control, Piece
 from xtuner_core.data.tokenize import ChatTokenizer, encode, load_tokenizer
 from xtuner_core.errors import RecipeError
 
@@ -75,6 +76,15 @@ def choose_template(model_dir: Path, name: str | None) -> str:
             return candidate
     told = "; ".join(f"{candidate}: {reason}" for candidate, reason in reasons.items())
     raise RecipeError(f"{model_dir}: no template gives the token ids of the model's own ({told}). Set model.template, or add a template.")
+
+
+def control_tokens(name: str) -> tuple[str, ...]:
+    """The control tokens that a shipped template writes in plain conversations, in the order in which they come."""
+    found: dict[str, None] = {}
+    for probe in PROBES:
+        with suppress(Rejected):  # of a system prompt, say
+            found |= dict.fromkeys(piece.token for piece in find_template(name).render(probe) if isinstance(piece, Control))
+    return tuple(found)
 
 
 def has_own_template(model_dir: Path) -> bool:

@@ -5,10 +5,14 @@ Legend: T packed tokens, N documents of a group, L longest of the group, H query
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
 from xtuner_core.errors import RecipeError
@@ -16,7 +20,20 @@ from xtuner_core.errors import RecipeError
 NAME = "xtuner_documents"
 SHORT = 512
 """Up to this length the CPU's own SDPA backward (bf16) is slower than two batched matrix products: 3 times at 256, 7 times at 64 tokens."""
-_MISSING = {"s_aux": "attention sinks", "softcap": "capped attention scores"}
+BLOCK = 512
+"""Where plain SDPA will not do: this many queries at a time, with scores of `[BLOCK, L]` or, in a window, `[BLOCK, BLOCK + window]`."""
+_KNOWN = {"position_ids", "cu_seq_lens_k"}
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """What a layer does with its scores: `scale`, cap by tanh (Gemma 2), window, sinks `[H]` (gpt_oss), dropout of the weights."""
+
+    scale: float
+    softcap: float | None
+    window: int | None
+    sinks: torch.Tensor | None
+    dropout: float
 
 
 @torch.compiler.disable  # document lengths differ from pack to pack; compiled, they would recompile each time
@@ -28,33 +45,61 @@ def document_attention(
     attention_mask: torch.Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
-    sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     shared_prefix: int = 0,
-    **kwargs: object,
+    **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Causal attention inside each document of a packed row; the row's first `shared_prefix` tokens begin every document.
 
     query `[1, H, T, D]`, key and value `[1, K, T, D]`, `cu_seq_lens_q` `[documents + 1]` → `[1, T, H, D]`.
     Documents of similar length are computed together, padded to the longest of them: under a causal mask padding at the end is
-    never seen by a real token.
+    never seen by a real token. Every document draws its own dropout; a shared beginning draws one for all, which leaves the expected
+    gradient as it is.
 
     Raises:
         ValueError: no document bounds were passed (padded input would get no mask at all).
-        RecipeError: the model needs attention sinks or capped scores, which are not there.
+        RecipeError: the layer's attention is not causal, or has a mask, a bias or perhaps a window of its own.
     """
     if cu_seq_lens_q is None:
         raise ValueError("document_attention needs cu_seq_lens_q; use attn_implementation='sdpa' for padded input")
-    if needed := [what for name, what in _MISSING.items() if kwargs.get(name) is not None]:
-        raise RecipeError(f"model.base: {type(module).__name__} needs {needed[0]}, which training here lacks; choose another model.")
+    _require_causal(module, attention_mask, kwargs)
+    bounds = cu_seq_lens_q.tolist()
+    window = _window(module, kwargs, shared_prefix + max(end - start for start, end in pairwise(bounds)))
+    rule = _Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, window, s_aux, dropout)
     rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, D]
     out = torch.empty(rows[0].shape[0], query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    for places, own in _groups(cu_seq_lens_q.tolist(), shared_prefix):
+    for places, own in _groups(bounds, shared_prefix):
         grouped_query, grouped_key, grouped_value = (row[places].transpose(1, 2) for row in rows)  # [N, heads, L, D]
-        result = _causal(grouped_query, grouped_key, grouped_value, scale, dropout, sliding_window).transpose(1, 2)  # [N, L, H, D]
+        result = _causal(grouped_query, grouped_key, grouped_value, rule).transpose(1, 2)  # [N, L, H, D]
         out = out.index_put((places[own],), result[own])
     return out.unsqueeze(0), None
+
+
+def _require_causal(module: torch.nn.Module, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
+    """Refuse what would be left out silently: anything but plain causal attention comes as a mask, a flag or a further tensor."""
+    extra = [name for name, value in more.items() if isinstance(value, torch.Tensor) and name not in _KNOWN]
+    causal = more.get("is_causal")
+    if mask is not None:
+        extra.append("attention_mask")
+    if not (getattr(module, "is_causal", True) if causal is None else causal):
+        extra.append("is_causal=False")
+    if extra:
+        raise RecipeError(
+            f"model.base: {type(module).__name__} needs {', '.join(extra)}, which packed training lacks; choose another model."
+        )
+
+
+def _window(module: torch.nn.Module, more: dict[str, Any], longest: int) -> int | None:
+    """The layer's sliding window. Some layers (Phi-3.5-MoE) leave theirs to a dense mask, others have none, whatever the config says."""
+    unsaid = None if "sliding_window" in more else getattr(getattr(module, "config", None), "sliding_window", None)
+    if unsaid and longest > unsaid:
+        raise RecipeError(
+            f"model.base: {type(module).__name__} leaves open whether the config's sliding_window ({unsaid}) holds for it, and a document "
+            f"has {longest} tokens; set data.max_length to {unsaid} or less."
+        )
+    return more.get("sliding_window")
 
 
 def _groups(bounds: list[int], shared: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -77,35 +122,69 @@ def _places(documents: list[tuple[int, int]], shared: int) -> tuple[torch.Tensor
     return places, (step < lengths) & ((step >= shared) | (starts == shared))
 
 
-def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dropout: float, window: int | None) -> torch.Tensor:
-    """query `[N, H, L, D]`, key and value `[N, K, L, D]` → `[N, H, L, D]`."""
-    length = query.shape[2]
-    if query.device.type == "cpu" and length <= SHORT:
-        return _grouped_matmul(query, key, value, scale, dropout, window)
-    mask = None if window is None or length <= window else _allowed(length, window, query.device)
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=mask is None, scale=scale, enable_gqa=True
-    )
+def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
+    """query `[N, H, L, D]`, key and value `[N, K, L, D]` → `[N, H, L, D]`.
+
+    SDPA where it can say what the layer does; it has neither caps nor sinks, and on the CPU its dropout materialises all scores.
+    """
+    length, cpu = query.shape[2], query.device.type == "cpu"
+    windowed = rule.window is not None and rule.window < length
+    if rule.softcap is not None or rule.sinks is not None or (cpu and (length <= SHORT or rule.dropout > 0)):
+        return _in_blocks(_matmul, query, key, value, rule)
+    if windowed:
+        return _in_blocks(_sdpa, query, key, value, rule)
+    return F.scaled_dot_product_attention(query, key, value, dropout_p=rule.dropout, is_causal=True, scale=rule.scale, enable_gqa=True)
 
 
-def _grouped_matmul(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float, dropout: float, window: int | None
+def _in_blocks(
+    attend: Callable[..., torch.Tensor], query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule
 ) -> torch.Tensor:
-    """Attention by two batched products; the H/K query heads that share a key head are stacked as rows, so keys are not repeated."""
-    n, heads, length, width = query.shape
-    shared = key.shape[1]
-    query = query.reshape(n * shared, heads // shared * length, width) * scale
+    """`attend` for `BLOCK` queries at a time and the keys they may see; the scores of a block are recomputed in the backward pass."""
+    length = query.shape[2]
+    if length <= BLOCK:  # what is there at once anyway may stay
+        return attend(query, key, value, rule, 0)
+    parts = []
+    for first in range(0, length, BLOCK):
+        end = min(first + BLOCK, length)
+        low = 0 if rule.window is None else max(0, first + 1 - rule.window)
+        seen = key[:, :, low:end], value[:, :, low:end]
+        parts.append(checkpoint(attend, query[:, :, first:end], *seen, rule, first - low, use_reentrant=False))
+    return torch.cat(parts, dim=2)
+
+
+def _sdpa(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule, offset: int) -> torch.Tensor:
+    allowed = _allowed(query.shape[2], key.shape[2], offset, rule.window, query.device)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=allowed, dropout_p=rule.dropout, scale=rule.scale, enable_gqa=True)
+
+
+def _matmul(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule, offset: int) -> torch.Tensor:
+    """Attention by two batched products; the H/K query heads that share a key head are stacked as rows, so keys are not repeated.
+
+    query `[N, H, Q, D]`, key and value `[N, K, L, D]` → `[N, H, Q, D]`; query 0 stands at key `offset`.
+    """
+    (n, heads, rows, width), (shared, length) = query.shape, key.shape[1:3]
+    query = query.reshape(n * shared, heads // shared * rows, width) * rule.scale
     key, value = key.reshape(n * shared, length, width), value.reshape(n * shared, length, value.shape[-1])
-    scores = torch.bmm(query, key.transpose(1, 2)).view(n * shared, heads // shared, length, length)
-    scores = scores.masked_fill(~_allowed(length, window, query.device), -torch.inf)
-    weights = F.dropout(scores.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
-    return torch.bmm(weights.view(n * shared, -1, length), value).view(n, heads, length, -1)
+    scores = torch.bmm(query, key.transpose(1, 2)).view(n * shared, heads // shared, rows, length)
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores.float() / rule.softcap)
+    scores = scores.masked_fill(~_allowed(rows, length, offset, rule.window, query.device), -torch.inf)
+    weights = F.dropout(_softmax(scores, rule.sinks, shared).to(value.dtype), rule.dropout)
+    return torch.bmm(weights.reshape(n * shared, -1, length), value).view(n, heads, rows, -1)
 
 
-def _allowed(length: int, window: int | None, device: torch.device) -> torch.Tensor:
-    """`[L, L]`: whether the row's token may see the column's."""
-    allowed = torch.ones(length, length, dtype=torch.bool, device=device).tril()
-    return allowed if window is None else allowed.triu(1 - window)
+def _softmax(scores: torch.Tensor, sinks: torch.Tensor | None, shared: int) -> torch.Tensor:
+    """fp32 softmax over the keys and, if there are sinks `[H]`, one more column that takes its share and gives nothing."""
+    if sinks is None:
+        return scores.softmax(-1, dtype=torch.float32)
+    column = sinks.view(shared, -1, 1, 1).repeat(len(scores) // shared, 1, scores.shape[2], 1)
+    return torch.cat([scores, column.to(scores.dtype)], dim=-1).softmax(-1, dtype=torch.float32)[..., :-1]
+
+
+def _allowed(rows: int, length: int, offset: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """`[rows, L]`: whether the row's token, at key `offset + row`, may see the column's."""
+    allowed = torch.ones(rows, length, dtype=torch.bool, device=device).tril(offset)
+    return allowed if window is None else allowed.triu(offset + 1 - window)
 
 
 def register() -> str:

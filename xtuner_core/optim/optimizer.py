@@ -1,20 +1,21 @@
-"""AdamW over the trainable parameters."""
+"""The optimizer that a recipe names."""
 
 from __future__ import annotations
 
 import torch
 
+from xtuner_core import registry
 from xtuner_core.config import TrainConfig
+from xtuner_core.optim import optimizers
 
 
-def make_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    """Decoupled weight decay (Loshchilov & Hutter, arXiv:1711.05101) on matrices, none on vectors; fused update."""
-    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [parameter for parameter in trainable if parameter.ndim >= 2], "weight_decay": train.weight_decay},
-        {"params": [parameter for parameter in trainable if parameter.ndim < 2], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=train.lr, betas=train.betas, fused=True)
+def make_optimizer(model: torch.nn.Module, train: TrainConfig) -> torch.optim.Optimizer:
+    """An optimizer of the trainable parameters.
+
+    Raises:
+        RecipeError: no module of xtuner_core/optim/optimizers has the name `train.optimizer`, or what it needs is not installed.
+    """
+    return registry.find(optimizers, train.optimizer).make(model, train)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import math
-
+from xtuner_core import registry
 from xtuner_core.config import TrainConfig
+from xtuner_core.optim import schedules
 
 
 def learning_rate(step: int, total: int, train: TrainConfig) -> float:
-    """The rate of step `step` (from 0) of `total`: linear warm-up that never starts at zero, then the schedule down to lr_min."""
-    warmup = round(total * train.warmup_ratio)
+    """The rate of step `step` (from 0) of `total`: linear warm-up that never starts at zero, then the schedule down to lr_min.
+
+    Raises:
+        RecipeError: no module of xtuner_core/optim/schedules has the name `train.scheduler`.
+    """
+    warmup = warmup_steps(total, train.warmup_ratio)
     if step < warmup:
         return train.lr * (step + 1) / warmup
     progress = (step - warmup) / max(1, total - 1 - warmup)
-    shape = {"constant": 1.0, "linear": 1.0 - progress, "cosine": 0.5 * (1.0 + math.cos(math.pi * progress))}[train.scheduler]
-    return train.lr_min + (train.lr - train.lr_min) * shape
+    return train.lr_min + (train.lr - train.lr_min) * registry.find(schedules, train.scheduler).share(progress, train)
+
+
+def warmup_steps(total: int, ratio: float) -> int:
+    """XTuner's rule: a ratio below 1 is a share of all steps, from 1 on it is their number."""
+    return round(ratio if ratio >= 1 else total * ratio)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -44,6 +44,17 @@ def sum_over_ranks(value: float, world: World) -> float:
     total = torch.tensor(value, dtype=torch.float64, device=world.device)
     dist.all_reduce(total)
     return float(total)
+
+
+def gather_numbers(values: Sequence[int], world: World) -> list[int]:
+    """The integers of all ranks, rank after rank; every rank gets them."""
+    own = torch.tensor([len(values), *values], dtype=torch.int64, device=world.device)
+    longest = torch.tensor(len(own), device=world.device)
+    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    padded = torch.nn.functional.pad(own, (0, int(longest) - len(own)))
+    rows = [torch.empty_like(padded) for _ in range(world.size)]
+    dist.all_gather(rows, padded)
+    return [number for row in rows for number in row[1 : 1 + int(row[0])].tolist()]
 
 
 def any_rank(flag: bool, world: World) -> bool:

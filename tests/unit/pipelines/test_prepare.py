@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
-from pipelines import prepare, shards
+from pipelines import prepare
 from pipelines.artifacts import Store
 from pipelines.recipe import load_recipe
 from pipelines.runner import run_until
 from pipelines.stage import Metrics, Work
+from xtuner_core.data import shards
 from xtuner_core.data.dataset import PackedDataset
 from xtuner_core.errors import DataError, RecipeError
 
@@ -85,7 +86,7 @@ def test_all_rejects_are_listed_and_the_first_twenty_told(prepare_place: Place, 
         prepare.run(load_recipe(TINY, [f"data.train=[{file}]"]), work)
     told = str(error.value)
     assert "30 of 31 lines rejected (96.77%)" in told and "… and 10 more" in told and told.count("bad.jsonl:") == 20
-    assert "--set data.max_rejected=0.968" in told
+    assert "data.max_rejected=0.968" in told
     rows = [json.loads(line) for line in (work.record / "rejected.jsonl").read_text().splitlines()]
     assert [(row["file"], row["line"]) for row in rows] == [(str(file), number) for number in range(2, 32)]
 

@@ -78,7 +78,7 @@ def test_an_unknown_recipe_lists_the_shipped_ones(name: str) -> None:
     [
         ("learning_rate=1", "learning_rate", "chat, convert, data, description, eval, model, name, seed, train"),
         ("train.learning_rate=1", "train.learning_rate", "epochs"),
-        ("train.lora.r=4", "train.lora.r", "alpha, dropout, rank, targets"),
+        ("train.lora.r=4", "train.lora.r", "alpha, dora, dropout, rank, rslora, targets"),
         ("optim.lr=1", "optim", "train"),
         ("eval.datasets=[{name: a, path: b, max_len: 4}]", "eval.datasets.0.max_len", "max_out_len, name, path"),
     ],
@@ -98,7 +98,7 @@ def test_an_unknown_field_names_file_field_and_the_known_ones(override: str, fie
         ("train.lr=.nan", "train.lr: "),
         ("train.lr_min=1", "train: Value error, lr_min (1.0) is greater than lr (0.005)"),
         ("train.total_step=0", "train.total_step: "),
-        ("train.method=qlora", "train.method: Input should be 'full' or 'lora' (got 'qlora')"),
+        ("train.dtype=fp16", "train.dtype: Input should be 'bf16' or 'fp32' (got 'fp16')"),
         ("train.global_batch_size=2.5", "train.global_batch_size: "),
         ("train.processes=3", "must be a multiple of processes (3)"),
         ("data.max_length=4096", "max_length (4096) is greater than pack_length (1024), and only packing hard cuts documents"),

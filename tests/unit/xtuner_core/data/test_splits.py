@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipelines.splits import Portion, fingerprints, in_an_epoch, kept_back, split
 from xtuner_core.data.dataset import write_documents
+from xtuner_core.data.splits import Portion, fingerprints, in_an_epoch, kept_back, split
 from xtuner_core.data.tokenize import Tokenized
 
 Rows = list[list[int]]

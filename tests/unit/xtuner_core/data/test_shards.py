@@ -17,9 +17,11 @@ import psutil
 import pytest
 from filelock import FileLock
 
-from pipelines import prepare, shards
+from pipelines import prepare
 from pipelines.recipe import PROJECT, load_recipe
+from xtuner_core.data import shards
 from xtuner_core.data.dataset import Documents
+from xtuner_core.data.prepare import KEPT_SAMPLES
 from xtuner_core.errors import DataError, Interrupted
 
 TINY = "qwen3_tiny_full_openai"
@@ -45,7 +47,7 @@ class Cache:
 
     def jobs(self, files: list[Path], *overrides: str) -> list[shards.Job]:
         recipe = load_recipe(TINY, [f"data.train=[{','.join(map(str, files))}]", *overrides])
-        return prepare.plan(recipe, self.model, self.told.append)[1]
+        return prepare.plan(recipe, self.model, self.told.append).jobs
 
     def fill(self, files: list[Path], *overrides: str, processes: int = 1) -> int:
         return shards.tokenize(self.jobs(files, *overrides), self.folder, processes, self.told.append)
@@ -207,7 +209,7 @@ def test_a_file_that_changes_meanwhile_never_gets_the_old_name(cache: Cache, tmp
 def contents(shard: Path) -> dict[str, bytes]:
     """Every file of a shard; of the samples those that are used."""
     found = {file.name: file.read_bytes() for file in shard.iterdir() if file.name != shards.SEAL}
-    return found | {"samples.jsonl": b"\n".join(found["samples.jsonl"].splitlines()[: prepare.KEPT_SAMPLES])}
+    return found | {"samples.jsonl": b"\n".join(found["samples.jsonl"].splitlines()[: KEPT_SAMPLES])}
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -225,12 +227,19 @@ def test_parts_done_by_processes_are_the_whole_file(cache: Cache, tmp_path: Path
     assert len(documents) == 201
     (rejected,) = map(json.loads, (cache.shard(files[0]) / "rejected.jsonl").read_text().splitlines())
     assert (rejected["line"], rejected["byte_offset"]) == (201, files[0].read_bytes().index(b"rubbish"))
-    assert cache.leftovers() == [] and psutil.Process().children(recursive=True) == _trackers()
+    assert cache.leftovers() == [] and _workers() == []
 
 
-def _trackers() -> list[psutil.Process]:
-    """Python's own helper of spawned processes, one for the life of this one."""
-    return [one for one in psutil.Process().children(recursive=True) if "resource_tracker" in " ".join(one.cmdline())]
+def _workers() -> list[psutil.Process]:
+    """Our living children, without Python's own helper of spawned processes, one for the life of this one."""
+    return [one for one in psutil.Process().children(recursive=True) if _works(one)]
+
+
+def _works(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
+    except psutil.Error:  # it ended while we looked
+        return False
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -240,21 +249,22 @@ def test_a_mistake_in_one_file_stops_all_and_keeps_what_is_finished(cache: Cache
     jobs = cache.jobs([good, bad], "data.format=openai")
     with pytest.raises(DataError, match=r"bad\.parquet"):
         shards.tokenize(jobs, cache.folder, 2, print)
-    assert cache.leftovers() == [] and psutil.Process().children(recursive=True) == _trackers()
+    assert cache.leftovers() == [] and _workers() == []
     assert cache.fill([good]) in (0, 1)
 
 
 RUN = """
 import sys
 from pathlib import Path
-from pipelines import prepare, shards
+from pipelines import prepare
 from pipelines.recipe import load_recipe
+from xtuner_core.data import shards
 
 if __name__ == "__main__":
     files, cache, model = sys.argv[1].split(","), Path(sys.argv[2]), Path(sys.argv[3])
     shards.PART_BYTES = int(sys.argv[4])
     recipe = load_recipe("qwen3_tiny_full_openai", [f"data.train=[{','.join(files)}]"])
-    jobs = prepare.plan(recipe, model, print)[1]
+    jobs = prepare.plan(recipe, model, print).jobs
     print("ready", flush=True)
     try:
         print("made", shards.tokenize(jobs, cache, 2, print), flush=True)
@@ -340,13 +350,13 @@ def test_a_killed_worker_is_told_and_leaves_nothing(cache: Cache, tmp_path: Path
     file = many(tmp_path / "one.jsonl", 20_000)
 
     def killer(count: int) -> None:
-        workers = [one for one in psutil.Process().children() if one not in _trackers()]
-        workers[0].kill()
+        for worker in _workers()[:1]:
+            worker.kill()
 
     monkeypatch.setattr(shards, "progress", _calls(killer))
     with pytest.raises(Interrupted, match=r"was killed.*data\.workers=1"):
         cache.fill([file], processes=2)
-    assert cache.leftovers() == [] and psutil.Process().children(recursive=True) == _trackers()
+    assert cache.leftovers() == [] and _workers() == []
     assert not cache.shard(file).exists()
 
 

@@ -24,12 +24,11 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from pipelines.artifacts import key_of, library_version, sha256
-from pipelines.progress import Advance, progress
-from pipelines.stage import Log
-from pipelines.workers import workers
+from xtuner_core.data.workers import workers
+from xtuner_core.digest import key_of, library_version, sha256
 from xtuner_core.durable import remove
 from xtuner_core.errors import DataError, Interrupted
+from xtuner_core.progress import Advance, Log, progress
 
 if TYPE_CHECKING:
     from xtuner_core.data.shard import Encoding, Tally

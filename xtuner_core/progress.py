@@ -7,9 +7,9 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from pipelines.stage import Log
-
 EVERY_SECONDS = 10.0
+Log = Callable[[str], None]
+"""Takes a line for the log."""
 Advance = Callable[[int], None]
 """Takes the number of bytes that were just done."""
 

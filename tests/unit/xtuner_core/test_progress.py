@@ -9,12 +9,12 @@ import sys
 
 import pytest
 
-from pipelines import progress as module
 from pipelines.recipe import PROJECT
+from xtuner_core import progress as module
 
 SHOW = """
 import time
-from pipelines.progress import progress
+from xtuner_core.progress import progress
 
 with progress("tokenizing", 4_000_000, print) as advance:
     for _ in range(4):

@@ -10,7 +10,7 @@ from concurrent.futures import Executor, Future, ProcessPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
-from pipelines.processes import die_with_parent
+from xtuner_core.signals import die_with_parent
 
 ENVIRONMENT = {
     "TOKENIZERS_PARALLELISM": "false",  # one thread each: the processes are the parallelism

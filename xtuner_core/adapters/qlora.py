@@ -1,0 +1,50 @@
+"""LoRA beside a base in 4-bit NormalFloat with double quantization (QLoRA, Dettmers et al., arXiv:2305.14314), by bitsandbytes."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from xtuner_core.adapters.lora import add_lora, save_adapter
+from xtuner_core.config import TrainConfig
+from xtuner_core.errors import RecipeError
+from xtuner_core.models.precision import COMPUTE
+
+__all__ = ["load", "prepare", "save_adapter"]
+
+
+def load(model_dir: Path, train: TrainConfig, **options: Any) -> PreTrainedModel:
+    """Quantize all linear layers but the head as they are read; the rest is kept in the precision it computes in.
+
+    Raises:
+        RecipeError: bitsandbytes is not installed.
+    """
+    Linear4bit = _bitsandbytes().nn.Linear4bit
+    dtype = COMPUTE[train.dtype]
+    nf4 = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=dtype,  # before torch 2.13 FSDP2 would cast packed bytes to the compute precision as if they were numbers
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=dtype, quantization_config=nf4, **options)
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            # Or a forward pass in evaluation mode on a CPU with AVX512-BF16 puts the weights into another layout for good,
+            # and in the training that follows no gradient passes through them.
+            module.support_avx512bf16_for_cpu = False  # pyright: ignore[reportArgumentType]
+    return model
+
+
+def _bitsandbytes() -> ModuleType:
+    try:
+        return import_module("bitsandbytes")
+    except ImportError as error:
+        raise RecipeError(f'train.method qlora needs bitsandbytes ({error}): pip install "xtuner-pipeline[qlora]".') from None
+
+
+def prepare(model: PreTrainedModel, train: TrainConfig, seed: int) -> None:
+    """Freeze the model and add adapters (RecipeError: a target name matches nothing)."""
+    add_lora(model, train.lora, seed)

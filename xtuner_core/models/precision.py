@@ -1,0 +1,8 @@
+"""The words of `train.dtype`."""
+
+from __future__ import annotations
+
+import torch
+
+COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
+"""Precision of forward and backward pass."""
