@@ -209,7 +209,7 @@ def test_a_file_that_changes_meanwhile_never_gets_the_old_name(cache: Cache, tmp
 def contents(shard: Path) -> dict[str, bytes]:
     """Every file of a shard; of the samples those that are used."""
     found = {file.name: file.read_bytes() for file in shard.iterdir() if file.name != shards.SEAL}
-    return found | {"samples.jsonl": b"\n".join(found["samples.jsonl"].splitlines()[: KEPT_SAMPLES])}
+    return found | {"samples.jsonl": b"\n".join(found["samples.jsonl"].splitlines()[:KEPT_SAMPLES])}
 
 
 @pytest.mark.usefixtures("small_parts")
