@@ -52,7 +52,7 @@ def judge(
     if train.skip_grad_norm_factor is None:
         if not _finite(loss, grad_norm):
             raise DataError(f"{_describe(step, loss, grad_norm, gather_numbers(documents, world))}{ADVICE}")
-        return history
+        return History(history.norms, 0, history.skipped)  # a run with the rule may have stopped after a step that it left out
     if not any_rank(is_outlier(history, loss, grad_norm, train), world):
         return History((*history.norms, grad_norm)[-train.skip_grad_norm_window :], 0, history.skipped)
     told = _describe(step, loss, grad_norm, gather_numbers(documents, world))

@@ -105,7 +105,9 @@ def chunked_cross_entropy(
 
     if 0 < len(labels) <= chunk:
         return part(hidden, labels)  # the only chunk: its logits may stay until the backward pass, which follows at once
-    total = hidden.sum() * 0.0 if len(labels) == 0 else torch.zeros((), device=hidden.device)
+    if len(labels) == 0:
+        return head(hidden).float().sum()  # zero; the head has a gradient on every rank, or FSDP's exchanges would not match
+    total = torch.zeros((), device=hidden.device)
     for start in range(0, len(labels), chunk):
         total = total + checkpoint(part, hidden[start : start + chunk], labels[start : start + chunk], use_reentrant=False)
     return total.float()

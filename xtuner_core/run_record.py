@@ -86,12 +86,15 @@ def _consumed(config: SftConfig, processes: int) -> Json:
 
 
 def _rows(work_dir: Path) -> dict[int, Json]:
-    """The metrics by step; a resumed run repeats the steps after its checkpoint."""
+    """The metrics by step; what comes after the checkpoint of a resumed run is what that run did."""
     file = work_dir / "metrics.jsonl"
-    rows = []
+    rows: list[Json] = []
     for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else []:
         with suppress(ValueError):  # the last one, torn when the run was killed
-            rows.append(json.loads(line))
+            row = json.loads(line)
+            while rows and rows[-1]["step"] >= row["step"]:
+                rows.pop()
+            rows.append(row)
     return {row["step"]: row for row in rows}
 
 

@@ -53,8 +53,8 @@ def run(config: SftConfig, stop: StopRequest) -> None:
         train(config, world, stop)
 
 
-def run_whole(asked: RunConfig, files: ExitStack) -> None:
-    """Let rank 0 prepare, then train; the work directory is this run's until `files` closes.
+def run_whole(asked: RunConfig) -> None:
+    """Let rank 0 prepare, then train.
 
     Raises:
         Interrupted: a signal came while the run was prepared; what is finished is kept.
@@ -70,7 +70,7 @@ def run_whole(asked: RunConfig, files: ExitStack) -> None:
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        share = files.enter_context(sharing())
+        share = sharing()  # kept to the end: with it the store would go
         settled = share(prepare)
         stop = StopRequest()
     except KeyboardInterrupt:
@@ -85,9 +85,9 @@ def run_whole(asked: RunConfig, files: ExitStack) -> None:
     try:
         run(config, stop)
         comment = "finished"
-    except Interrupted:
+    except Interrupted as stopped:
         comment = "stopped"
-        raise
+        raise stopped if asked.resume else Interrupted(f"{stopped} Leave out --no-resume, which would start over again.") from None
     finally:
         if _is_first():
             run_record.end(config, processes_of_this_run(), comment)
@@ -120,7 +120,7 @@ def main(arguments: list[str] | None = None) -> int:
 
                     files.callback(claim(config.work_dir).release)
                 work_dir = config.work_dir  # from here on it is ours to write to
-                run_whole(config, files)
+                run_whole(config)
         return 0
     except UserError as error:
         return _report(work_dir, error)

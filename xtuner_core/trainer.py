@@ -26,7 +26,7 @@ from xtuner_core.optim.schedule import learning_rate
 from xtuner_core.parallel.mesh import World, any_rank, sum_over_ranks
 from xtuner_core.parallel.shard import shard
 from xtuner_core.signals import StopRequest
-from xtuner_core.validation import due, validate
+from xtuner_core.validation import due, forget_after, validate
 
 KEEP_CHECKPOINTS = 2
 FINAL = "final"
@@ -38,7 +38,7 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
     Raises:
         Interrupted: a signal came; a checkpoint of the last finished step was saved.
         DataError: there is nothing to train on, or a loss or gradient is not finite, or too many steps in a row were left out.
-        RecipeError: the packs of a step cannot be dealt out evenly to the processes.
+        RecipeError: the packs of a step cannot be dealt out evenly to the processes, or the checkpoint is past the last step.
     """
     if config.train.global_batch_size % world.size:
         raise RecipeError(f"train.global_batch_size ({config.train.global_batch_size}) must be a multiple of the {world.size} processes.")
@@ -48,6 +48,11 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
     model, optimizer = build(config, world)
     total = config.train.total_step or steps_of(len(dataset), config.train.epochs or 1, config.train.global_batch_size)
     first, history = resume(config, model, optimizer, world)
+    if first > total:
+        raise RecipeError(
+            f"the checkpoint in {config.work_dir} is at step {first}, and {total} are asked for. Ask for more, or start over."
+        )
+    forget_after(first, config, world)
     log = MetricsLog(config.work_dir / "metrics.jsonl", world.rank)
     run_started, run_tokens = clock(), 0
     for step in range(first, total + 1):

@@ -35,10 +35,9 @@ def validate(model: PreTrainedModel, step: int, config: SftConfig, world: World,
     Raises:
         DataError: the loss is not finite.
     """
-    file = config.work_dir / ROWS
     if not (config.data_dir / VALIDATION).is_dir():
         return True
-    rows = [json.loads(row) for row in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    rows = _rows(config)
     if any_rank(step in [row["step"] for row in rows], world):  # before the run was resumed
         return True
     started = clock()
@@ -48,8 +47,25 @@ def validate(model: PreTrainedModel, step: int, config: SftConfig, world: World,
     metrics = ValidationMetrics(step, *measured, time=clock() - started)
     say(world.rank, metrics.line())
     if world.rank == 0:
-        write_bytes(file, "".join(json.dumps(row) + "\n" for row in [*rows, metrics.as_row()]).encode())
+        _write_rows(config, [*rows, metrics.as_row()])
     return True
+
+
+def forget_after(step: int, config: SftConfig, world: World) -> None:
+    """Drop what was measured after `step`, where a run goes on: its weights may become others, by another learning rate say."""
+    rows = _rows(config)
+    kept = [row for row in rows if row["step"] <= step]
+    if world.rank == 0 and len(kept) < len(rows):
+        _write_rows(config, kept)
+
+
+def _rows(config: SftConfig) -> list[dict[str, float]]:
+    file = config.work_dir / ROWS
+    return [json.loads(row) for row in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+
+
+def _write_rows(config: SftConfig, rows: list[dict[str, float]]) -> None:
+    write_bytes(config.work_dir / ROWS, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
 @torch.no_grad()

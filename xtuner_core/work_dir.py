@@ -77,15 +77,21 @@ def earlier_facts(work_dir: Path) -> Facts | None:
     """What decided the run that is in the directory; None if there is none.
 
     Raises:
-        DataError: the file is damaged.
+        DataError: the file is damaged, or missing beside checkpoints.
     """
     file = work_dir / FACTS
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        facts = json.loads(file.read_text(encoding="utf-8"))
+        if isinstance(facts, dict) and "data" in facts:
+            return facts
+        what = "not what a run writes"
     except FileNotFoundError:
-        return None
+        if not has_progress(work_dir):
+            return None
+        what = "missing"
     except ValueError as error:
-        raise DataError(f"{file}: damaged ({error}), so nobody can tell what the checkpoints belong to. Start over: --no-resume.") from None
+        what = f"damaged ({error})"
+    raise DataError(f"{file}: {what}, so nobody can tell what the checkpoints belong to. Start over: --no-resume.")
 
 
 def require_same_run(work_dir: Path, earlier: Facts, facts: Facts, say: Callable[[str], None]) -> None:
@@ -98,7 +104,9 @@ def require_same_run(work_dir: Path, earlier: Facts, facts: Facts, say: Callable
     way_out = f"{work_dir} holds a run that began otherwise. Undo the change, choose another --work-dir, or start over with --no-resume."
     if files := _changed_files(earlier["data"]["files"], facts["data"]["files"]):
         raise DataError(f"the data changed since the checkpoint: {'; '.join(files)}. {way_out}")
-    before, now = (_flat({**one, "data": {**one["data"], "files": None}, "model": _content(one["model"])}) for one in (earlier, facts))
+    before, now = (
+        _flat({**one, "data": {**one["data"], "files": _uses(one)}, "model": _content(one["model"])}) for one in (earlier, facts)
+    )
     changed = (name for name in before if name in now and before[name] != now[name])  # a field may be new in this version
     changes = {name: f"{name}: {_short(before[name])} → {_short(now[name])}" for name in changed}
     free = {name for name in changes if name.removeprefix("train.") in FREE}
@@ -115,6 +123,11 @@ def _changed_files(before: list[Facts], now: list[Facts]) -> list[str]:
     told = [f"{file} has other bytes" for file in new if file in old and old[file] != new[file]]
     told += [f"{file} was not there" for file in new if file not in old] + [f"{file} is gone" for file in old if file not in new]
     return told or ["the files come in another order"]
+
+
+def _uses(facts: Facts) -> list[Facts]:
+    """How each file is used, wherever it lies."""
+    return [{name: one[name] for name in ("format", "ratio", "validation")} for one in facts["data"]["files"]]
 
 
 def _content(model: Facts) -> Facts:

@@ -86,6 +86,12 @@ def test_a_pack_without_learned_tokens_has_zero_loss_and_zero_gradients(model: P
     assert not any(bool(gradient.any()) for gradient in found.values())
 
 
+def test_a_head_of_its_own_has_a_zero_gradient_too() -> None:
+    hidden, head = torch.randn(0, 4, requires_grad=True), torch.nn.Linear(4, 9)
+    chunked_cross_entropy(hidden, head, torch.zeros(0, dtype=torch.long), 32).backward()
+    assert head.weight.grad is not None and not head.weight.grad.any()
+
+
 def test_logits_exist_for_one_chunk_at_a_time() -> None:
     seen: list[int] = []
 

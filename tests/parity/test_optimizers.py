@@ -111,10 +111,14 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Path:
         subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         for environment in environments
     ]
-    for rank, process in enumerate(started):
-        told = process.communicate(timeout=120)[0]
-        assert process.returncode == 0, told[-3000:]
-        (folder / f"{rank}.log").write_text(told, encoding="utf-8")
+    try:
+        for rank, process in enumerate(started):
+            told = process.communicate(timeout=120)[0]
+            assert process.returncode == 0, told[-3000:]
+            (folder / f"{rank}.log").write_text(told, encoding="utf-8")
+    finally:
+        for process in started:
+            process.kill()
     return folder
 
 

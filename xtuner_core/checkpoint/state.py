@@ -47,4 +47,12 @@ def restore(model: PreTrainedModel, optimizer: torch.optim.Optimizer, world: Wor
 
 
 def _optimizer_state(model: PreTrainedModel, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    return dict(get_optimizer_state_dict(model, optimizer, options=_OPTIONS))
+    """All entries, also before the first update: torch then makes them by one with zero gradients, which must not count."""
+    fresh = not optimizer.state
+    state = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+    if fresh:
+        for entries in optimizer.state.values():
+            if "step" in entries:
+                entries["step"].zero_()
+        state = get_optimizer_state_dict(model, optimizer, options=_OPTIONS)
+    return dict(state)

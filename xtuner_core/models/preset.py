@@ -73,6 +73,7 @@ def create_from_config(fields: Json, folder: Path, seed: int, tokenizer_dir: Pat
             model = AutoModelForCausalLM.from_config(config, dtype=config.dtype or torch.bfloat16)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise RecipeError(f"the model's config: transformers cannot build such a model: {error}") from None
+    folder.mkdir(parents=True, exist_ok=True)
     if tokenizer_dir is None:
         model.generation_config = _speak_bytes(folder, template)
     save_model(model, folder)

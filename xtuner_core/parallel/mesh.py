@@ -25,13 +25,15 @@ class World:
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """Join the processes that torchrun started: NCCL with one GPU each, else gloo on the CPU."""
+    """Join the processes that torchrun started, or be the only one: NCCL with one GPU each, else gloo on the CPU."""
     cuda = torch.cuda.is_available()
-    local = int(os.environ["LOCAL_RANK"])
+    local = int(os.environ.get("LOCAL_RANK", "0"))
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
-    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30))
+    alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # pyright: ignore[reportPrivateImportUsage]
+    launched = "WORLD_SIZE" in os.environ
+    dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=timedelta(minutes=30), **({} if launched else alone))
     try:
         size = dist.get_world_size()
         yield World(dist.get_rank(), size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("data",)))

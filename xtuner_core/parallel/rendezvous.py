@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 
 POLL_SECONDS = 0.2
 _KEY = "made by rank 0"
@@ -14,17 +12,14 @@ Share = Callable[[Callable[[], str]], str]
 """Takes what makes a text; gives that text on every rank, after rank 0 alone has made it."""
 
 
-@contextmanager
-def sharing() -> Iterator[Share]:
+def sharing() -> Share:
     """How ranks share what one of them makes: over the store that torchrun hosts, under which they meet later.
 
     A rank that waits only looks into the store now and then, so it hears signals. If rank 0 fails, the launcher ends the others;
     if the launcher is gone, so is its store. Without torchrun this process is the only one.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
-        with _world_of_one():
-            yield lambda make: make()
-        return
+        return lambda make: make()
     from torch.distributed.rendezvous import rendezvous
 
     store, rank, _ = next(iter(rendezvous("env://")))
@@ -37,23 +32,4 @@ def sharing() -> Iterator[Share]:
             time.sleep(POLL_SECONDS)
         return store.get(_KEY).decode()
 
-    yield share
-
-
-@contextmanager
-def _world_of_one() -> Iterator[None]:
-    """What torchrun would have told this process, where it did not."""
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-    added = {name: value for name, value in alone.items() if name not in os.environ}
-    os.environ |= added
-    try:
-        yield
-    finally:
-        for name in added:
-            del os.environ[name]
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+    return share

@@ -42,6 +42,10 @@ def test_without_the_rule_a_broken_number_ends_the_run(loss: float, grad_norm: f
         judge(History(), 7, loss, grad_norm, [3, 5], STOP, world)
 
 
+def test_without_the_rule_every_step_is_applied_also_after_one_that_was_left_out(world: World) -> None:
+    assert judge(History((1.0,), 1, 1), 6, 1.0, 2.0, [3], STOP, world) == History((1.0,), 0, 1)
+
+
 def test_a_message_does_not_name_thousands_of_documents(world: World) -> None:
     with pytest.raises(DataError, match=r"\[0, 1, .* 18, 19, … \(3000 in all\)\]\. Look"):
         judge(History(), 7, math.nan, 1.0, range(3000), STOP, world)
@@ -115,6 +119,19 @@ def test_a_step_that_is_left_out_changes_nothing(
     before, after = (store.load_whole(config.work_dir / "checkpoints" / f"step-{step}") for step in (2, 3))
     kept = [name for name in before if not name.startswith("rng.")]
     assert kept and all(torch.equal(before[name], after[name]) for name in kept)
+
+
+def test_a_checkpoint_before_the_first_update_changes_nothing(
+    world: World, stop: StopRequest, sft_config: Configure, poison: Callable[..., None]
+) -> None:
+    finals = []
+    for interval in (None, 1):
+        config = sft_config(total_step=3, **{**SKIPPING, "checkpoint_interval": interval})
+        poison({1: math.nan})
+        trainer.train(config, world, stop)
+        finals.append(store.load_whole(config.work_dir / "final"))
+        shutil.rmtree(config.work_dir / "final")
+    assert finals[0].keys() == finals[1].keys() and all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
 
 
 def start_over(config: SftConfig) -> None:

@@ -10,10 +10,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from pipelines.recipe import PROJECT
 from xtuner_core import preparation, sft
 from xtuner_core.data.byte_tokenizer import CONTROLS
 from xtuner_core.data.dataset import PackedDataset
+from xtuner_core.parallel import rendezvous
 from xtuner_core.parallel.rendezvous import sharing
 
 CHATS = PROJECT / "data" / "openai_chats"
@@ -67,7 +69,7 @@ def rows(work: Path) -> list[dict[str, Any]]:
 def results(work: Path) -> dict[str, bytes]:
     """Every byte that a run leaves and the next must not touch."""
     files = [file for part in ("checkpoints", "final") for file in sorted((work / part).rglob("*")) if file.is_file()]
-    return {str(file.relative_to(work)): file.read_bytes() for file in [*files, work / "run.json", work / "metrics.jsonl"]}
+    return {str(file.relative_to(work)): file.read_bytes() for file in [*files, work / "run.json", work / "metrics.jsonl"] if file.exists()}
 
 
 def test_a_preset_learns_from_raw_files(trained: Path) -> None:
@@ -137,6 +139,32 @@ def test_changed_data_is_told_and_nothing_overwritten(place: Path, capfd: pytest
     assert f"the data changed since the checkpoint: {place / 'chats.jsonl'} has other bytes" in capfd.readouterr().err
     assert results(place / "work") == copy
     assert json.loads((place / "work" / "outcome.json").read_text())["code"] == 65
+
+
+def test_the_same_files_used_otherwise_are_another_run(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    facts = json.loads((place / "work" / "run.json").read_text())
+    facts["data"]["files"][0]["ratio"] = 0.3
+    (place / "work" / "run.json").write_text(json.dumps(facts))
+    assert command(place, "--total-step", "6") == 78
+    assert "data.files" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("damage", [Path.unlink, lambda file: file.write_text("{}"), lambda file: file.write_text("[")])
+def test_without_its_facts_a_checkpoint_is_not_continued(
+    damage: Callable[[Path], Any], place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    damage(place / "work" / "run.json")
+    copy = results(place / "work")
+    assert command(place, "--total-step", "6", "--seed", "3") == 65
+    assert "nobody can tell what the checkpoints belong to" in capfd.readouterr().err
+    assert results(place / "work") == copy
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    final = (place / "work" / "final" / "checkpoint.json").read_bytes()
+    assert command(place, "--total-step", "1") == 78
+    assert "is at step 2, and 1 are asked for" in capfd.readouterr().err
+    assert (place / "work" / "final" / "checkpoint.json").read_bytes() == final
 
 
 def test_the_same_data_may_lie_elsewhere(place: Path) -> None:
@@ -283,7 +311,7 @@ def test_a_rank_that_waits_for_the_first_ends_when_the_launcher_asks(tmp_path: P
         for name, value in {"RANK": 1, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}.items():
             monkeypatch.setenv(name, str(value))
         monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")
-        threading.Timer(0.5, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        monkeypatch.setattr(rendezvous, "time", SimpleNamespace(sleep=lambda seconds: os.kill(os.getpid(), signal.SIGTERM)))
         with pytest.raises(SystemExit) as ended:
             sft.main([*BASICS, "--dataset", str(CHATS / "heldout.jsonl"), "--work-dir", str(tmp_path)])
     assert ended.value.code == 75 and not list(tmp_path.iterdir())
@@ -299,9 +327,9 @@ def test_what_rank_zero_makes_every_rank_gets(monkeypatch: pytest.MonkeyPatch) -
 
     def take(rank: int) -> str:
         monkeypatch.setenv("RANK", str(rank))
-        with sharing() as share:
-            started.release()
-            return share(make)
+        share = sharing()
+        started.release()
+        return share(make)
 
     started = threading.Semaphore(0)
     with hosted_store() as port, ThreadPoolExecutor(3) as ranks:
@@ -311,7 +339,7 @@ def test_what_rank_zero_makes_every_rank_gets(monkeypatch: pytest.MonkeyPatch) -
         taken = []
         for rank in (2, 1, 0):
             taken.append(ranks.submit(take, rank))
-            started.acquire()
+            assert started.acquire(timeout=20)
         assert [one.result(timeout=30) for one in taken] == ["a run"] * 3
     assert made == ["a run"]
 

@@ -134,6 +134,19 @@ def test_steps_repeated_after_a_resume_leave_one_row(world: World, stop: StopReq
     assert [row["step"] for row in rows(config.work_dir)] == [1, 2, 3]
 
 
+def test_other_weights_are_measured_again(world: World, stop: StopRequest, configured: Callable[..., SftConfig]) -> None:
+    losses = []
+    for rate in (1e-4, 3e-2):
+        config = configured(validation_interval=1, checkpoint_interval=1, lr=rate)
+        trainer.train(config, world, stop)
+        assert [row["step"] for row in rows(config.work_dir)] == [1, 2, 3]
+        losses.append([row["validation_loss"] for row in rows(config.work_dir)])
+        shutil.rmtree(config.work_dir / "final")
+        shutil.rmtree(config.work_dir / "checkpoints" / "step-2")
+        shutil.rmtree(config.work_dir / "checkpoints" / "step-1", ignore_errors=True)
+    assert all(left != right for left, right in zip(*losses, strict=True))
+
+
 def test_weights_that_diverged_are_an_error(
     world: World, stop: StopRequest, configured: Callable[..., SftConfig], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -67,7 +67,7 @@ def test_a_rejected_line_stops_the_stage_unless_allowed(prepare_place: Place) ->
     told = str(error.value)
     assert "1 of 3 lines rejected (33.33%), data.max_rejected allows 0.00%" in told
     assert "unknown_role.jsonl:2: message 1: unknown role 'wizard'" in told
-    [allowed] = re.findall(r"--set (data\.max_rejected=\S+)", told)
+    [allowed] = re.findall(r"(data\.max_rejected=\S+)", told)
     metrics, _ = prepared(prepare_place, HOSTILE / "unknown_role.jsonl", allowed)
     assert metrics["rejected"] == 1
 
