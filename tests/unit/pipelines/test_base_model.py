@@ -84,7 +84,7 @@ def test_preset_depends_on_seed_and_file(produce: Callable[[Recipe], Path]) -> N
     one, same, other = (produce(recipe("preset:qwen3-tiny", f"seed={seed}")) for seed in (1, 1, 2))
     assert one == same != other
     assert (one / "model.safetensors").read_bytes() != (other / "model.safetensors").read_bytes()
-    with pytest.raises(RecipeError, match="preset 'nope' is not one of .*qwen3-tiny,"):
+    with pytest.raises(RecipeError, match=r"preset 'nope' is not one of .*qwen3-tiny,"):
         files(recipe("preset:nope"))
 
 
