@@ -93,7 +93,7 @@ def _left_out(facts: Path) -> Metrics:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     # The quantized base is not in the checkpoint, but what it was rounded to decides what the adapter learns.
     quantizer = {"bitsandbytes": library_version("bitsandbytes")} if recipe.train.method == "qlora" else {}
-    return {**quantizer, "train": recipe.train.model_dump(mode="json", exclude={"launcher", "checkpoint_interval"}), "seed": recipe.seed}
+    return {**quantizer, "train": recipe.train.deciding(), "seed": recipe.seed}
 
 
 STAGE = Stage(name="train", version=3, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "numpy"), resumable=True)

@@ -110,6 +110,10 @@ class LoraConfig(Config):
     dora: bool = Field(default=False, description="Learn the length of each output row apart from its direction (arXiv:2402.09353).")
 
 
+OBSERVING = frozenset({"launcher", "checkpoint_interval"})
+"""Train settings that say how a run is started, watched and saved: any value leads to the same result."""
+
+
 class TrainConfig(Config):
     """How the model is trained."""
 
@@ -178,6 +182,10 @@ class TrainConfig(Config):
         if self.warmup_ratio >= 1 and not self.warmup_ratio.is_integer():
             raise ValueError(f"warmup_ratio ({self.warmup_ratio}) is a number of steps from 1 on, so it must be whole")
         return self
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide the result, as JSON values by name."""
+        return self.model_dump(mode="json", exclude=set(OBSERVING))
 
 
 class SftConfig(Config):

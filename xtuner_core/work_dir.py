@@ -19,7 +19,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from xtuner_core.config import TrainConfig
+from xtuner_core.config import OBSERVING, TrainConfig
 from xtuner_core.digest import sha256
 from xtuner_core.durable import sync_directory, write_json
 from xtuner_core.errors import DataError, RecipeError
@@ -29,15 +29,14 @@ FACTS = "run.json"
 PREPARED = "prepared"
 RESULTS = ("checkpoints", "final", "metrics.jsonl", "validation.jsonl", "outcome.json", "git-info-begin-*", FACTS)
 """What a run leaves; the rest can be made again."""
-FREE = {
+FREE = OBSERVING | {
     "epochs", "total_step", "lr", "lr_min", "scheduler", "warmup_ratio", "decay_ratio", "weight_decay", "max_grad_norm", "loss_chunk",
-    "skip_grad_norm_factor", "skip_grad_norm_window", "max_skipped_steps", "validation_interval", "checkpoint_interval", "processes",
-    "launcher",
+    "skip_grad_norm_factor", "skip_grad_norm_window", "max_skipped_steps", "validation_interval", "processes",
 }  # fmt: skip
 """Train settings that may change between a checkpoint and the run that continues it; what is saved keeps its meaning."""
 
-UNSEEN = {"checkpoint_interval", "validation_interval", "processes", "launcher"}
-"""Train settings that the result does not show."""
+UNSEEN = OBSERVING | {"validation_interval", "processes"}
+"""Train settings that may change once the result is there."""
 
 
 def claim(work_dir: Path) -> FileLock:
