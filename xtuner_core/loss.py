@@ -28,7 +28,7 @@ def packed_loss(model: PreTrainedModel, batch: Batch, chunk: int) -> torch.Tenso
 def _logits(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
     """The head, and what the model does to its output afterwards: scale it (Cohere, Granite), cap it by tanh (Gemma 2); fp32.
 
-    By the names of the config, which families share; `require_plain_head` proves that they mean the same here, and nothing else happens.
+    By the names of the config, which families share; `require_packable` proves that they mean the same here, and nothing else happens.
     """
     head = cast(torch.nn.Module, model.get_output_embeddings())
     config = model.config.get_text_config()
@@ -56,7 +56,7 @@ def _inputs(batch: Batch) -> dict[str, Any]:
     }
 
 
-def require_plain_head(model: PreTrainedModel) -> None:
+def require_packable(model: PreTrainedModel) -> None:
     """Prove on eight tokens that `packed_loss` will be the model's own loss; `model` in evaluation mode.
 
     Two documents behind a common beginning of two tokens; the second must come out as if the first were not there.

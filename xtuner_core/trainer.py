@@ -18,7 +18,7 @@ from xtuner_core.data.loader import Batch, load_step
 from xtuner_core.data.order import steps_of
 from xtuner_core.errors import DataError, Interrupted, RecipeError
 from xtuner_core.guards import History, judge
-from xtuner_core.loss import require_plain_head
+from xtuner_core.loss import require_packable
 from xtuner_core.metrics import MetricsLog, StepMetrics, clock, memory, say
 from xtuner_core.models.load import load_model
 from xtuner_core.optim.optimizer import make_optimizer, set_learning_rate
@@ -116,7 +116,7 @@ def train_step(
 def build(config: SftConfig, world: World) -> tuple[PreTrainedModel, Optimizer]:
     """Model with adapters and sharding, in this order, and its optimizer."""
     model = load_model(config.model_dir, config.train)
-    require_plain_head(model)
+    require_packable(model)
     model.train()
     registry.find(adapters, config.train.method).prepare(model, config.train, config.seed)
     model.to(world.device)  # pyright: ignore[reportArgumentType]

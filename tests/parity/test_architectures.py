@@ -17,7 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from xtuner_core.data.loader import IGNORE, Batch
 from xtuner_core.errors import RecipeError
-from xtuner_core.loss import packed_loss, require_plain_head
+from xtuner_core.loss import packed_loss, require_packable
 from xtuner_core.models import attention
 
 TOLERANCE = 1e-5
@@ -200,7 +200,7 @@ def difference(found: torch.Tensor | None, expected: torch.Tensor | None) -> flo
 def compare(name: str, shared: int) -> tuple[float, float, str]:
     """Relative difference of the losses, largest one of the gradients, and where."""
     own, ours = (build(ARCHITECTURES[name], implementation) for implementation in ("eager", attention.register()))
-    require_plain_head(ours.eval())
+    require_packable(ours.eval())
     rows = documents(shared)
     found, expected = packed_loss(ours.train(), pack(rows, shared), chunk=16), alone(own.train(), rows)
     found.backward()
@@ -253,7 +253,7 @@ def test_what_packing_would_falsify_is_refused(name: str) -> None:
     values, reason = REFUSED[name]
     model = build(values, attention.register())
     with pytest.raises(RecipeError, match=reason):
-        require_plain_head(model.eval())
+        require_packable(model.eval())
 
 
 ROPE_BY_LENGTH = {

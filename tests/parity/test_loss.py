@@ -12,7 +12,7 @@ from xtuner_core.config import TrainConfig
 from xtuner_core.data.dataset import PackedDataset
 from xtuner_core.data.loader import IGNORE, Batch, make_batch
 from xtuner_core.errors import RecipeError
-from xtuner_core.loss import chunked_cross_entropy, packed_loss, require_plain_head
+from xtuner_core.loss import chunked_cross_entropy, packed_loss, require_packable
 from xtuner_core.models import attention
 from xtuner_core.models.load import load_model
 
@@ -121,9 +121,9 @@ def build(model_type: str, **more: object) -> PreTrainedModel:
 
 
 def test_a_model_that_changes_its_logits_in_an_unknown_way_is_refused() -> None:
-    require_plain_head(build("hyperclovax", logits_scaling=1.0))
+    require_packable(build("hyperclovax", logits_scaling=1.0))
     with pytest.raises(RecipeError, match="HyperCLOVAXForCausalLM changes its logits after the head"):
-        require_plain_head(build("hyperclovax", logits_scaling=8.0))  # it multiplies by what Granite divides by
+        require_packable(build("hyperclovax", logits_scaling=8.0))  # it multiplies by what Granite divides by
 
 
 CHANGED = (
@@ -137,7 +137,7 @@ CHANGED = (
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("model_type", "more"), [*CHANGED, *((name, {}) for name in ("llama", "mistral", "qwen3_moe", "phi3"))])
 def test_known_heads_are_accepted(model_type: str, more: dict[str, object], dtype: torch.dtype) -> None:
-    require_plain_head(build(model_type, **more).to(dtype))  # pyright: ignore[reportArgumentType]
+    require_packable(build(model_type, **more).to(dtype))  # pyright: ignore[reportArgumentType]
 
 
 @pytest.mark.parametrize(("model_type", "more"), CHANGED)
@@ -153,7 +153,7 @@ def test_a_change_of_the_logits_that_is_left_out_is_found(model_type: str, more:
     setattr(config, name, 1e6 if "cap" in name else 1.0)
     model.forward = own  # pyright: ignore[reportAttributeAccessIssue]
     with pytest.raises(RecipeError, match="changes its logits after the head"):
-        require_plain_head(model)
+        require_packable(model)
 
 
 def test_a_batch_can_be_moved(dataset: PackedDataset) -> None:

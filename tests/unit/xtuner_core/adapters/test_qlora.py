@@ -19,7 +19,7 @@ from xtuner_core.checkpoint.state import trained_tensors
 from xtuner_core.checkpoint.store import load_whole
 from xtuner_core.config import LoraConfig, SftConfig, TrainConfig
 from xtuner_core.errors import RecipeError
-from xtuner_core.loss import require_plain_head
+from xtuner_core.loss import require_packable
 from xtuner_core.models.load import load_model
 from xtuner_core.parallel.mesh import World
 from xtuner_core.signals import StopRequest
@@ -32,7 +32,7 @@ def quantized(folder: Path, lora: LoraConfig, dtype: str = "fp32") -> PreTrained
     """Built as the trainer does, with adapters that already do something (B starts as zeros)."""
     train = TrainConfig.model_validate({"method": "qlora", "lora": lora, "dtype": dtype})
     model = load_model(folder, train)
-    require_plain_head(model)
+    require_packable(model)
     prepare(model, train, seed=3)
     torch.manual_seed(4)
     for name, tensor in trained_tensors(model).items():
