@@ -45,6 +45,12 @@ XTUNER_NAMES: dict[str, str] = {
     "optim": "train.optimizer",
     "scheduler-type": "train.scheduler",
     "loss-config.chunk-size": "train.loss_chunk",
+    "fsdp-config.recompute-ratio": "train.recompute_ratio",
+    "fsdp-config.torch-compile": "train.compile",
+    "fsdp-config.cpu-offload": "train.fsdp.cpu_offload",
+    "fsdp-config.hsdp-sharding-size": "train.fsdp.sharding_size",
+    "fsdp-config.reshard-after-forward": "train.fsdp.reshard_after_forward",
+    "exp-tracker": "train.trackers",
 }
 """Flags of XTuner V1 whose field is called otherwise here."""
 _OF_THE_PIPELINE = {"data.runner", "train.processes", "train.launcher"}

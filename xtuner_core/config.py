@@ -35,6 +35,23 @@ def _split_names(value: Any) -> Any:
 Names = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_split_names)]
 
 
+def _one_or_more(value: Any) -> Any:
+    """One value stands for a list of it."""
+    return (value,) if isinstance(value, str | int) else value
+
+
+Steps = Annotated[tuple[Annotated[int, Field(ge=1)], ...], BeforeValidator(_one_or_more)]
+
+
+def _texts(value: Any) -> Any:
+    """One text or several; on the command line a text may look like a number."""
+    parts = _one_or_more(value)
+    return tuple(str(part) if isinstance(part, int | float) else part for part in parts) if isinstance(parts, (list, tuple)) else parts
+
+
+Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_texts)]
+
+
 class Source(Config):
     """Some input files, and how much of them is used."""
 
@@ -110,7 +127,28 @@ class LoraConfig(Config):
     dora: bool = Field(default=False, description="Learn the length of each output row apart from its direction (arXiv:2402.09353).")
 
 
-OBSERVING = frozenset({"launcher", "checkpoint_interval"})
+class FsdpConfig(Config):
+    """How the model is spread over the processes (PyTorch FSDP2)."""
+
+    sharding_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Processes that share one copy of the model (HSDP); gradients are averaged over the copies. None: all share one copy.",
+    )
+    reshard_after_forward: bool = Field(
+        default=True,
+        description="Give a layer's gathered weights back between its forward and its backward pass: less memory, more communication.",
+    )
+    cpu_offload: bool = Field(
+        default=False,
+        description="Keep weights, gradients and optimizer states in CPU memory, and bring a layer to the GPU when its turn comes.",
+    )
+
+
+OBSERVING = frozenset({
+    "launcher", "checkpoint_interval", "trackers", "peak_flops", "profile_step", "profile_memory",
+    "sample_prompts", "sample_interval", "sample_tokens",
+})  # fmt: skip
 """Train settings that say how a run is started, watched and saved: any value leads to the same result."""
 
 
@@ -156,6 +194,20 @@ class TrainConfig(Config):
     max_skipped_steps: int = Field(default=8, ge=1, description="Steps left out in a row at which the run ends with an error.")
     dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="Precision of the computation; trained weights are kept in fp32.")
     loss_chunk: int = Field(default=1024, ge=1, description="Tokens whose logits exist at one time.")
+    recompute: Literal["none", "selective", "full"] = Field(
+        default="none",
+        description="Activations of decoder layers that are computed again in the backward pass instead of kept: none, all but the results "
+        "of matrix products and attention (selective), or all but a layer's input (full).",
+    )
+    recompute_ratio: float = Field(
+        default=1.0, gt=0, le=1, description="Share of the decoder layers, from the first on, that recompute is for."
+    )
+    activation_offload: bool = Field(
+        default=False,
+        description="Move activations that decoder layers keep for the backward pass to CPU memory meanwhile (no effect on a CPU).",
+    )
+    compile: bool = Field(default=False, description="Compile each decoder layer with torch.compile; the first steps take longer.")
+    fsdp: FsdpConfig = Field(default=FsdpConfig(), description="How the model is spread over the processes.")
     processes: int = Field(default=1, ge=1, description="Training processes (one a GPU; on CPU they share the cores).")
     launcher: str = Field(default="local", description="How processes are started, a module of pipelines/launchers.")
     validation_interval: int | None = Field(
@@ -164,6 +216,22 @@ class TrainConfig(Config):
     checkpoint_interval: int | None = Field(
         default=None, ge=1, description="Steps between checkpoints to resume from (none: only when a signal comes)."
     )
+    trackers: Names = Field(
+        default=(), description="Where the numbers of each step are shown beside the log, modules of xtuner_core/trackers."
+    )
+    peak_flops: float | None = Field(
+        default=None, gt=0, description="Operations a second of one device at its best, for MFU (none: known for some GPUs, else no MFU)."
+    )
+    profile_step: Steps = Field(default=(), description="Steps, counted from 1, of which a profiler trace is written.")
+    profile_memory: bool = Field(default=False, description="Memory in those traces as well, and on a GPU a snapshot of its allocations.")
+    sample_prompts: Texts = Field(
+        default=(),
+        description="What the model is asked now and then: texts, or files with one a line (.txt) or one conversation a line (.jsonl).",
+    )
+    sample_interval: int | None = Field(
+        default=None, ge=1, description="Steps between answers to sample_prompts (none: only at the end); always at the end."
+    )
+    sample_tokens: int = Field(default=64, ge=1, description="Most tokens of such an answer.")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -173,6 +241,8 @@ class TrainConfig(Config):
             raise ValueError(f"global_batch_size ({self.global_batch_size}) must be a multiple of processes ({self.processes})")
         if self.freeze and self.method != "full":
             raise ValueError(f"freeze is for method full, and method {self.method} leaves all the model's own weights as they are")
+        if self.recompute_ratio < 1 and self.recompute == "none":
+            raise ValueError(f"recompute_ratio ({self.recompute_ratio}) is for recompute selective or full")
         if self.lr_min > self.lr:
             raise ValueError(f"lr_min ({self.lr_min}) is greater than lr ({self.lr})")
         if not all(0 <= beta < 1 for beta in self.betas):
