@@ -1,8 +1,11 @@
-"""From packs on disk to the tensors of a step."""
+"""From packs on disk to the tensors of a step, read ahead while the step before it computes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -39,9 +42,15 @@ class Batch:
     text_tokens: int
 
     def to(self, device: torch.device) -> Batch:
-        """The batch with its tensors on the device."""
-        moved = {name: getattr(self, name).to(device) for name in ("input_ids", "labels", "position_ids", "boundaries")}
-        return replace(self, **moved)
+        """The batch with its tensors on the device; from pinned memory they are copied while the host goes on."""
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin(self) -> Batch:
+        """The batch in page-locked memory, from which a GPU copies by itself."""
+        return self._each(torch.Tensor.pin_memory)
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
+        return replace(self, **{name: change(getattr(self, name)) for name in ("input_ids", "labels", "position_ids", "boundaries")})
 
     @property
     def learned(self) -> int:
@@ -102,3 +111,40 @@ def load_step(dataset: PackedDataset, step: int, global_batch_size: int, seed: i
     """This rank's batches of a step, `global_batch_size / world` of them."""
     packs = packs_of_step(dataset, step, global_batch_size, seed)
     return [make_batch(dataset, pack) for pack in packs[rank::world]]
+
+
+Load = Callable[[int], list[Batch]]
+"""Step (from 0) → its batches."""
+
+
+@contextmanager
+def read_ahead(load: Load, steps: range, ahead: int, device: torch.device) -> Iterator[Iterator[list[Batch]]]:
+    """The batches of `steps` in order, up to `ahead` steps read in a thread of its own before they are asked for; 0 means no thread.
+
+    What a step gets is `load(step)` in any case, pinned where there is a GPU. An error of the thread comes up at the step that it
+    concerns; the thread ends with the context, and what it has not begun by then is dropped.
+    """
+    if ahead == 0:
+        yield map(load, steps)
+        return
+    with ThreadPoolExecutor(1, "read ahead") as thread:
+        try:
+            yield _in_order(thread, _pinned(load, device) if device.type == "cuda" else load, steps, ahead)
+        finally:
+            thread.shutdown(wait=False, cancel_futures=True)
+
+
+def _in_order(thread: ThreadPoolExecutor, load: Load, steps: range, ahead: int) -> Iterator[list[Batch]]:
+    pending = deque(thread.submit(load, step) for step in steps[:ahead])
+    for following in range(ahead, ahead + len(steps)):
+        batches = pending.popleft().result()
+        pending.extend(thread.submit(load, step) for step in steps[following : following + 1])
+        yield batches
+
+
+def _pinned(load: Load, device: torch.device) -> Load:
+    def pinned(step: int) -> list[Batch]:
+        with torch.cuda.device(device):  # each thread has a current device of its own
+            return [batch.pin() for batch in load(step)]
+
+    return pinned

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
+from xtuner_core.errors import RecipeError
+
 
 @dataclass(frozen=True, slots=True)
 class World:
@@ -41,17 +43,33 @@ def join_world() -> Iterator[World]:
         dist.destroy_process_group()
 
 
+def sharding_mesh(world: World, sharding_size: int | None) -> DeviceMesh:
+    """Over which processes the model is spread: all of them, or groups of `sharding_size` neighbours that each hold one copy (HSDP).
+
+    Raises:
+        RecipeError: the groups would not be of equal size.
+    """
+    if sharding_size is None or sharding_size == world.size:
+        return world.mesh
+    if world.size % sharding_size:
+        raise RecipeError(
+            f"train.fsdp.sharding_size ({sharding_size}): {world.size} processes cannot be divided into groups of that size; "
+            "give a divisor of their number, or leave it out to spread one copy over all of them."
+        )
+    return init_device_mesh(world.device.type, (world.size // sharding_size, sharding_size), mesh_dim_names=("replicate", "shard"))
+
+
 def sum_over_ranks(value: float, world: World) -> float:
-    """The sum of a number over all ranks."""
-    total = torch.tensor(value, dtype=torch.float64, device=world.device)
+    """The sum of a number over all ranks. It is on the host and stays there (over gloo), so that no GPU is waited for."""
+    total = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
     return float(total)
 
 
 def gather_numbers(values: Sequence[int], world: World) -> list[int]:
     """The integers of all ranks, rank after rank; every rank gets them."""
-    own = torch.tensor([len(values), *values], dtype=torch.int64, device=world.device)
-    longest = torch.tensor(len(own), device=world.device)
+    own = torch.tensor([len(values), *values], dtype=torch.int64)
+    longest = torch.tensor(len(own))
     dist.all_reduce(longest, dist.ReduceOp.MAX)
     padded = torch.nn.functional.pad(own, (0, int(longest) - len(own)))
     rows = [torch.empty_like(padded) for _ in range(world.size)]
