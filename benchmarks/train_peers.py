@@ -3,6 +3,7 @@
 python train_peers.py KIND JOB.json
 
 padded        transformers Trainer, the documents of a pack as a batch, padded to the longest
+padded_by_8   the same in batches of 8 documents, its default, with gradient accumulation
 flattened     transformers Trainer, the documents of a pack as one row with restarting positions
 liger         flattened, with liger's kernels
 trl           TRL's SFTTrainer with its defaults (bf16, activation checkpointing), as many documents a batch as a pack has
@@ -49,7 +50,9 @@ def plain_trainer(kind: str, job: Job, meter: Meter, scratch: Path):
     from transformers import Trainer, TrainingArguments
 
     documents, model = Documents.read(job.data_dir), model_of(job)
-    packs = documents.packs()
+    packs, batches = documents.packs(), 1
+    if kind == "padded_by_8":
+        packs, batches = in_eights(packs), max(1, len(packs[0]) // 8)
     if job.method == "lora":
         from peft import get_peft_model
 
@@ -58,15 +61,20 @@ def plain_trainer(kind: str, job: Job, meter: Meter, scratch: Path):
             model.enable_input_require_grads()
     more = {"use_liger_kernel": True} if kind == "liger" else {}
     arguments = TrainingArguments(
-        **common(job, scratch), **more, per_device_train_batch_size=1, gradient_accumulation_steps=job.packs_per_step,
+        **common(job, scratch), **more, per_device_train_batch_size=1, gradient_accumulation_steps=job.packs_per_step * batches,
         bf16=job.dtype == "bf16", gradient_checkpointing=job.checkpointing, remove_unused_columns=False,
     )  # fmt: skip
-    collate = padded if kind == "padded" else flattened
+    collate = padded if kind.startswith("padded") else flattened
     tokens = [documents.tokens(pack) for pack in packs]
     return in_order(Trainer)(
         model=model, args=arguments, train_dataset=packs, data_collator=lambda items: collate(documents, items[0]),
-        callbacks=[callback(meter, tokens, job.packs_per_step)],
+        callbacks=[callback(meter, tokens, job.packs_per_step * batches)],
     )  # fmt: skip
+
+
+def in_eights(packs: list[list[int]]) -> list[list[int]]:
+    """The documents of each pack, eight at a time; each pack has a multiple of eight or fewer."""
+    return [pack[first : first + 8] for pack in packs for first in range(0, len(pack), 8)]
 
 
 def sft_trainer(kind: str, job: Job, meter: Meter, scratch: Path):
