@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from xtuner_core import adapters, registry
+from xtuner_core.build import build
 from xtuner_core.checkpoint import state, store
 from xtuner_core.config import SftConfig
 from xtuner_core.data.dataset import PackedDataset
@@ -18,13 +18,10 @@ from xtuner_core.data.loader import Batch, load_step
 from xtuner_core.data.order import steps_of
 from xtuner_core.errors import DataError, Interrupted, RecipeError
 from xtuner_core.guards import History, judge
-from xtuner_core.loss import require_packable
 from xtuner_core.metrics import MetricsLog, StepMetrics, clock, memory, say
-from xtuner_core.models.load import load_model
-from xtuner_core.optim.optimizer import make_optimizer, set_learning_rate
+from xtuner_core.optim.optimizer import set_learning_rate
 from xtuner_core.optim.schedule import learning_rate
 from xtuner_core.parallel.mesh import World, any_rank, sum_over_ranks
-from xtuner_core.parallel.shard import shard
 from xtuner_core.signals import StopRequest
 from xtuner_core.validation import due, forget_after, validate
 
@@ -111,20 +108,6 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm, history
-
-
-def build(config: SftConfig, world: World) -> tuple[PreTrainedModel, Optimizer]:
-    """Model with adapters and sharding, in this order, and its optimizer."""
-    model = load_model(config.model_dir, config.train)
-    require_packable(model)
-    model.train()
-    registry.find(adapters, config.train.method).prepare(model, config.train, config.seed)
-    model.to(world.device)  # pyright: ignore[reportArgumentType]
-    trained, every = model.num_parameters(only_trainable=True), model.num_parameters()  # a 4-bit weight counts as what it stands for
-    say(world.rank, f"Total trainable parameters: {trained / 1e6:.1f}M, total parameters: {every / 1e6:.1f}M")
-    shard(model, world, config.train.dtype)
-    torch.manual_seed(config.seed * 1000 + world.rank)
-    return model, make_optimizer(model, config.train)
 
 
 def resume(config: SftConfig, model: PreTrainedModel, optimizer: Optimizer, world: World) -> tuple[int, History]:

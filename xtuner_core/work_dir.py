@@ -29,13 +29,15 @@ FACTS = "run.json"
 PREPARED = "prepared"
 RESULTS = ("checkpoints", "final", "metrics.jsonl", "validation.jsonl", "outcome.json", "git-info-begin-*", FACTS)
 """What a run leaves; the rest can be made again."""
-FREE = OBSERVING | {
+_PLACEMENT = {"processes", "fsdp", "recompute", "recompute_ratio", "activation_offload", "compile"}
+"""Train settings that say where and when the same numbers are computed."""
+FREE = OBSERVING | _PLACEMENT | {
     "epochs", "total_step", "lr", "lr_min", "scheduler", "warmup_ratio", "decay_ratio", "weight_decay", "max_grad_norm", "loss_chunk",
-    "skip_grad_norm_factor", "skip_grad_norm_window", "max_skipped_steps", "validation_interval", "processes",
+    "skip_grad_norm_factor", "skip_grad_norm_window", "max_skipped_steps", "validation_interval",
 }  # fmt: skip
 """Train settings that may change between a checkpoint and the run that continues it; what is saved keeps its meaning."""
 
-UNSEEN = OBSERVING | {"validation_interval", "processes"}
+UNSEEN = OBSERVING | _PLACEMENT | {"validation_interval"}
 """Train settings that may change once the result is there."""
 
 
@@ -108,7 +110,7 @@ def require_same_run(work_dir: Path, earlier: Facts, facts: Facts, say: Callable
     )
     changed = (name for name in before if name in now and before[name] != now[name])  # a field may be new in this version
     changes = {name: f"{name}: {_short(before[name])} → {_short(now[name])}" for name in changed}
-    free = {name for name in changes if name.removeprefix("train.") in FREE}
+    free = {name for name in changes if name.removeprefix("train.").split(".")[0] in FREE}
     if hard := [changes[name] for name in changes if name not in free]:
         raise RecipeError(f"changed since the checkpoint: {'; '.join(sorted(hard))}. {way_out}")
     for name in sorted(free):

@@ -3,28 +3,57 @@
 from __future__ import annotations
 
 import types
+from itertools import pairwise
 
 import torch
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 from transformers import PreTrainedModel
 
+from xtuner_core.config import TrainConfig
 from xtuner_core.loss import packed_loss
-from xtuner_core.parallel.mesh import World
+from xtuner_core.models.layers import decoder_layers
+from xtuner_core.models.precision import COMPUTE
+from xtuner_core.parallel.mesh import World, sharding_mesh
 
-_COMPUTE = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
+def shard(model: PreTrainedModel, world: World, train: TrainConfig) -> None:
+    """Shard every decoder layer and the rest, in place, as `train.fsdp` says; `model.packed_loss(batch, chunk)` becomes the forward pass.
 
-def shard(model: PreTrainedModel, world: World, dtype: str) -> None:
-    """Shard every decoder layer and the rest over all ranks, in place; `model.packed_loss(batch, chunk)` becomes the forward pass.
+    Compute runs in `train.dtype`, gradients are reduced in fp32. One process has nothing to gather layer by layer: there the model is
+    one group, without its frozen weights, which are kept in the compute precision anyway (a fifth less time for a short CPU step); with
+    CPU offload it is taken layer by layer all the same, or the whole model would lie on the device at one time.
 
-    Compute runs in `dtype`, gradients are reduced in fp32. One process has nothing to gather layer by layer: there the model is one
-    group, without its frozen weights, which are kept in the compute precision anyway (a fifth less time for a short CPU step).
+    Raises:
+        RecipeError: the processes cannot be divided into groups of `train.fsdp.sharding_size`.
     """
-    policy = MixedPrecisionPolicy(param_dtype=_COMPUTE[dtype], reduce_dtype=torch.float32)
-    alone = world.size == 1
-    for layer in [] if alone else model.model.layers:
-        fully_shard(layer, mesh=world.mesh, mp_policy=policy)
-    frozen = {parameter for parameter in model.parameters() if alone and not parameter.requires_grad}
-    fully_shard(model, mesh=world.mesh, mp_policy=policy, reshard_after_forward=False, ignored_params=frozen)
+    whole = world.size == 1 and not train.fsdp.cpu_offload
+    policies = {
+        "mesh": sharding_mesh(world, train.fsdp.sharding_size),
+        "mp_policy": MixedPrecisionPolicy(param_dtype=COMPUTE[train.dtype], reduce_dtype=torch.float32),
+        "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if train.fsdp.cpu_offload else OffloadPolicy(),
+    }
+    if not train.fsdp.cpu_offload or getattr(model, "is_quantized", False):  # a 4-bit weight's constants lie beside it and must follow
+        model.to(world.device)  # pyright: ignore[reportArgumentType]
+    if not whole:
+        _shard_layers(decoder_layers(model), train.fsdp.reshard_after_forward, **policies)
+    frozen = {parameter for parameter in model.parameters() if whole and not parameter.requires_grad}
+    fully_shard(model, reshard_after_forward=False, ignored_params=frozen, **policies)
     model.packed_loss = types.MethodType(packed_loss, model)  # pyright: ignore[reportArgumentType]
     register_fsdp_forward_method(model, "packed_loss")
+
+
+def _shard_layers(layers: list[torch.nn.Module], reshard: bool, **policies: object) -> None:
+    """The last layer is not given back after its forward pass, for its backward pass follows at once; each gathers the next one early."""
+    sharded: list[FSDPModule] = [
+        fully_shard(layer, reshard_after_forward=reshard and layer is not layers[-1], **policies)  # pyright: ignore
+        for layer in layers
+    ]
+    for layer, following in pairwise(sharded):
+        layer.set_modules_to_forward_prefetch([following])

@@ -1,0 +1,29 @@
+"""From a model folder to what the loop trains: each part is put on from outside, in the one order in which they fit together."""
+
+from __future__ import annotations
+
+import torch
+from torch.optim import Optimizer
+from transformers import PreTrainedModel
+
+from xtuner_core import adapters, registry
+from xtuner_core.config import SftConfig
+from xtuner_core.loss import require_packable
+from xtuner_core.metrics import say
+from xtuner_core.models.load import load_model
+from xtuner_core.optim.optimizer import make_optimizer
+from xtuner_core.parallel.mesh import World
+from xtuner_core.parallel.shard import shard
+
+
+def build(config: SftConfig, world: World) -> tuple[PreTrainedModel, Optimizer]:
+    """Model with adapters and sharding, in this order, and its optimizer."""
+    model = load_model(config.model_dir, config.train)
+    require_packable(model)
+    model.train()
+    registry.find(adapters, config.train.method).prepare(model, config.train, config.seed)
+    trained, every = model.num_parameters(only_trainable=True), model.num_parameters()  # a 4-bit weight counts as what it stands for
+    say(world.rank, f"Total trainable parameters: {trained / 1e6:.1f}M, total parameters: {every / 1e6:.1f}M")
+    shard(model, world, config.train)
+    torch.manual_seed(config.seed * 1000 + world.rank)
+    return model, make_optimizer(model, config.train)
