@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import replace
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -12,20 +11,21 @@ from transformers import PreTrainedModel
 
 from xtuner_core.build import build
 from xtuner_core.checkpoint import state, store
+from xtuner_core.checkpoint.resume import Position, resume
+from xtuner_core.checkpoint.saver import Saver
 from xtuner_core.config import SftConfig
 from xtuner_core.data.dataset import PackedDataset
 from xtuner_core.data.loader import Batch, load_step
 from xtuner_core.data.order import steps_of
 from xtuner_core.errors import DataError, Interrupted, RecipeError
 from xtuner_core.guards import History, judge
-from xtuner_core.metrics import MetricsLog, StepMetrics, clock, memory, say
+from xtuner_core.metrics import MetricsLog, StepMetrics, clock, memory
 from xtuner_core.optim.optimizer import set_learning_rate
 from xtuner_core.optim.schedule import learning_rate
 from xtuner_core.parallel.mesh import World, any_rank, sum_over_ranks
 from xtuner_core.signals import StopRequest
-from xtuner_core.validation import due, forget_after, validate
+from xtuner_core.validation import due, validate
 
-KEEP_CHECKPOINTS = 2
 FINAL = "final"
 
 
@@ -37,50 +37,79 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
         DataError: there is nothing to train on, or a loss or gradient is not finite, or too many steps in a row were left out.
         RecipeError: the packs of a step cannot be dealt out evenly to the processes, or the checkpoint is past the last step.
     """
-    if config.train.global_batch_size % world.size:
-        raise RecipeError(f"train.global_batch_size ({config.train.global_batch_size}) must be a multiple of the {world.size} processes.")
+    dataset, total = packs_to_train(config, world)
+    model, optimizer = build(config, world)
+    at = resume(config, model, optimizer, total, world)
+    log = MetricsLog(config.work_dir / "metrics.jsonl", world.rank)
+    run = RunClock(at.step, total, dataset.description["pack_length"], world)
+    with Saver(config, model, optimizer, at, world) as saver:
+        while True:
+            measured = at.measured
+            if due(at.step, total, len(dataset), config.train):
+                measured = validate(model, at.measured, at.step, config, world, stop)
+            last = at.step == total
+            if measured is None or (any_rank(stop.asked, world) and not last):
+                saver.save(at)
+                raise Interrupted(f"stopped after step {at.step} of {total}; the same command continues from there.")
+            at = replace(at, measured=measured)
+            if saver.due(at.step, total):
+                saver.save(at)
+            if last:
+                break
+            started = clock()
+            batches = load_step(dataset, at.step, config.train.global_batch_size, config.seed, world.rank, world.size)
+            loaded = clock()
+            set_learning_rate(optimizer, rate := learning_rate(at.step, total, config.train))
+            loss, grad_norm, history = train_step(model, optimizer, batches, config, world, at.history, at.step)
+            at = replace(at, step=at.step + 1, history=history)
+            log.write(run.metrics(at.step, batches, rate, loss, grad_norm, started, loaded))
+    finish(config, model, at, world)
+
+
+def packs_to_train(config: SftConfig, world: World) -> tuple[PackedDataset, int]:
+    """The packs, and the number of steps to train on them."""
+    train = config.train
+    if train.global_batch_size % world.size:
+        raise RecipeError(f"train.global_batch_size ({train.global_batch_size}) must be a multiple of the {world.size} processes.")
     dataset = PackedDataset(config.data_dir)
     if len(dataset) == 0:
         raise DataError(f"{config.data_dir}: no packs to train on; preference pairs and prompts are only kept for later use.")
-    model, optimizer = build(config, world)
-    total = config.train.total_step or steps_of(len(dataset), config.train.epochs or 1, config.train.global_batch_size)
-    first, history = resume(config, model, optimizer, world)
-    if first > total:
-        raise RecipeError(
-            f"the checkpoint in {config.work_dir} is at step {first}, and {total} are asked for. Ask for more, or start over."
-        )
-    forget_after(first, config, world)
-    log = MetricsLog(config.work_dir / "metrics.jsonl", world.rank)
-    run_started, run_tokens = clock(), 0
-    for step in range(first, total + 1):
-        measured = not due(step, total, len(dataset), config.train) or validate(model, step, config, world, stop)
-        if not measured or (step < total and any_rank(stop.asked, world)):
-            if step > first:  # otherwise there is nothing new to save
-                save_checkpoint(config, model, optimizer, world, step, history)
-            raise Interrupted(f"stopped after step {step} of {total}; the same command continues from there.")
-        if step == total:
-            break
-        started = clock()
-        batches = load_step(dataset, step, config.train.global_batch_size, config.seed, world.rank, world.size)
-        loaded = clock()
-        set_learning_rate(optimizer, rate := learning_rate(step, total, config.train))
-        loss, grad_norm, history = train_step(model, optimizer, batches, config, world, history, step)
-        spent, tokens = clock() - loaded, sum(batch.text_tokens for batch in batches)
-        run_tokens += tokens
-        pace = (clock() - run_started) / (step + 1 - first)
-        used, reserved = memory(world.device)
-        slots = len(batches) * dataset.description["pack_length"]
-        log.write(StepMetrics(
-            step=step + 1, total_step=total, data_time=loaded - started, lr=rate, time=spent, text_tokens=tokens,
+    return dataset, train.total_step or steps_of(len(dataset), train.epochs or 1, train.global_batch_size)
+
+
+class RunClock:
+    """Turns what a step did into its metrics; knows since when this process trains."""
+
+    def __init__(self, first: int, total: int, pack_length: int, world: World) -> None:
+        self._first, self._total, self._pack_length, self._device = first, total, pack_length, world.device
+        self._started, self._tokens = clock(), 0
+
+    def metrics(
+        self, step: int, batches: list[Batch], rate: float, loss: float, grad_norm: float, started: float, loaded: float
+    ) -> StepMetrics:
+        """What step `step` (from 1) did; `started` and `loaded` are the times when its batches were asked for and there."""
+        now, tokens = clock(), sum(batch.text_tokens for batch in batches)
+        self._tokens += tokens
+        elapsed, spent = now - self._started, now - loaded
+        used, reserved = memory(self._device)
+        return StepMetrics(
+            step=step, total_step=self._total, data_time=loaded - started, lr=rate, time=spent, text_tokens=tokens,
             total_loss=loss, reduced_llm_loss=loss, max_memory=used, reserved_memory=reserved, grad_norm=grad_norm, tgs=tokens / spent,
-            e2e_tgs=run_tokens / (clock() - run_started), eta=pace * (total - step - 1), pack_efficiency=tokens / slots,
-        ))  # fmt: skip
-        if config.train.checkpoint_interval and (step + 1) % config.train.checkpoint_interval == 0 and step + 1 < total:
-            save_checkpoint(config, model, optimizer, world, step + 1, history)
-    if history.skipped == total:
-        raise DataError(f"all {total} steps were left out (train.skip_grad_norm_factor); nothing was learned. Lower train.lr.")
-    facts = {"step": total, "seed": config.seed, "train": config.train.model_dump(mode="json")}
-    facts |= {"skipped_steps": history.skipped} if config.train.skip_grad_norm_factor else {}
+            e2e_tgs=self._tokens / elapsed, eta=elapsed / (step - self._first) * (self._total - step),
+            pack_efficiency=tokens / (len(batches) * self._pack_length),
+        )  # fmt: skip
+
+
+def finish(config: SftConfig, model: PreTrainedModel, at: Position, world: World) -> None:
+    """Publish `final`: what was trained, and what decided it.
+
+    Raises:
+        DataError: every step was left out.
+    """
+    if at.history.skipped == at.step:
+        raise DataError(f"all {at.step} steps were left out (train.skip_grad_norm_factor); nothing was learned. Lower train.lr.")
+    facts = {"step": at.step, "seed": config.seed, "train": config.train.model_dump(mode="json")}
+    facts |= {"skipped_steps": at.history.skipped} if config.train.skip_grad_norm_factor else {}
     store.save(config.work_dir / FINAL, state.trained_tensors(model), facts, world)
 
 
@@ -108,27 +137,3 @@ def train_step(
         optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return mean_loss, grad_norm, history
-
-
-def resume(config: SftConfig, model: PreTrainedModel, optimizer: Optimizer, world: World) -> tuple[int, History]:
-    """Load the newest whole checkpoint if there is one; returns the number of steps that are done, and their history."""
-    folder = store.newest(config.work_dir)
-    if folder is None:
-        return 0, History()
-    facts = store.facts(folder)
-    tensors = state.collect(model, optimizer, world)
-    if world.rank >= facts["world_size"]:  # a rank that did not exist then starts its own random stream
-        tensors = state.without_random_streams(tensors)
-    store.load(folder, tensors)
-    state.restore(model, optimizer, world, tensors)
-    say(world.rank, f"resumed from {folder.name}")
-    return facts["step"], History.of_checkpoint(facts)
-
-
-def save_checkpoint(config: SftConfig, model: PreTrainedModel, optimizer: Optimizer, world: World, step: int, history: History) -> None:
-    """Publish `checkpoints/step-N` and drop all but the newest few."""
-    folder: Path = config.work_dir / "checkpoints" / f"step-{step}"
-    store.save(folder, state.collect(model, optimizer, world), {"step": step, "history": asdict(history)}, world)
-    if world.rank == 0:
-        store.keep_newest(config.work_dir, KEEP_CHECKPOINTS)
-        say(world.rank, f"saved checkpoint {folder.name}")

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -26,37 +29,61 @@ def due(step: int, total: int, packs: int, config: TrainConfig) -> bool:
     return step > 0 and (often or step == total)
 
 
-def validate(model: PreTrainedModel, step: int, config: SftConfig, world: World, stop: StopRequest) -> bool:
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The validation losses so far; part of a checkpoint, so that a resumed run decides alike.
+
+    step: steps done at the last measurement. best_step, best_loss: the lowest loss and when (None: nothing was measured yet).
+    since: measurements after that one.
+    """
+
+    step: int = 0
+    best_step: int = 0
+    best_loss: float | None = None
+    since: int = 0
+
+    @classmethod
+    def of_checkpoint(cls, facts: Mapping[str, Any]) -> Measured:
+        """What the facts of a checkpoint tell; nothing before they were kept."""
+        return cls(**facts.get("measured", {}))
+
+    def then(self, step: int, loss: float) -> Measured:
+        """With one measurement more."""
+        if self.best_loss is None or loss < self.best_loss:
+            return Measured(step, step, loss)
+        return replace(self, step=step, since=self.since + 1)
+
+
+def validate(model: PreTrainedModel, before: Measured, step: int, config: SftConfig, world: World, stop: StopRequest) -> Measured | None:
     """Print the mean loss per learned token over the validation split and put it into `work_dir/validation.jsonl`, once for a step.
 
     Weights, random streams and the model's mode are afterwards what they were. Nothing happens if the data has no such split.
-    False if a signal came meanwhile: nothing is written, and the run that resumes from this step measures it.
+    None if a signal came meanwhile: nothing is written, and the run that resumes from this step measures it.
 
     Raises:
         DataError: the loss is not finite.
     """
-    if not (config.data_dir / VALIDATION).is_dir():
-        return True
-    rows = _rows(config)
-    if any_rank(step in [row["step"] for row in rows], world):  # before the run was resumed
-        return True
+    if before.step == step or not (config.data_dir / VALIDATION).is_dir():
+        return before
     started = clock()
-    measured = mean_loss(model, PackedDataset(config.data_dir, VALIDATION), config.train.loss_chunk, world, stop)
-    if measured is None:
-        return False
-    metrics = ValidationMetrics(step, *measured, time=clock() - started)
+    found = mean_loss(model, PackedDataset(config.data_dir, VALIDATION), config.train.loss_chunk, world, stop)
+    if found is None:
+        return None
+    loss, learned = found
+    metrics = ValidationMetrics(step, loss, learned, time=clock() - started)
     say(world.rank, metrics.line())
     if world.rank == 0:
-        _write_rows(config, [*rows, metrics.as_row()])
-    return True
+        _write_rows(config, [*(row for row in _rows(config) if row["step"] < step), metrics.as_row()])
+    return before.then(step, loss)
 
 
 def forget_after(step: int, config: SftConfig, world: World) -> None:
     """Drop what was measured after `step`, where a run goes on: its weights may become others, by another learning rate say."""
-    rows = _rows(config)
-    kept = [row for row in rows if row["step"] <= step]
-    if world.rank == 0 and len(kept) < len(rows):
-        _write_rows(config, kept)
+    if world.rank == 0:
+        rows = _rows(config)
+        kept = [row for row in rows if row["step"] <= step]
+        if len(kept) < len(rows):
+            _write_rows(config, kept)
 
 
 def _rows(config: SftConfig) -> list[dict[str, float]]:
