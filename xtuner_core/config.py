@@ -210,7 +210,7 @@ class TrainConfig(Config):
     fsdp: FsdpConfig = Field(default=FsdpConfig(), description="How the model is spread over the processes.")
     processes: int = Field(default=1, ge=1, description="Training processes (one a GPU; on CPU they share the cores).")
     launcher: str = Field(default="local", description="How processes are started, a module of pipelines/launchers.")
-    prefetch: int = Field(default=2, ge=0, description="Steps whose packs are read in the background before they are due (0: when they are).")
+    prefetch: int = Field(default=2, ge=0, description="Steps whose packs are read in the background before they are due (0: none).")
     validation_interval: int | None = Field(
         default=None, ge=1, description="Steps between measurements of the validation loss (none: when an epoch ends); always at the end."
     )
