@@ -21,7 +21,7 @@ from typing import Any
 from pipelines import processes
 from pipelines.recipe import Recipe, resolve_path
 from pipelines.stage import Log, Metrics, Stage, Work
-from xtuner_core.checkpoint.hf import make_portable, missing_files, weight_files, weight_keys
+from xtuner_core.checkpoint.hf import complaint, make_portable, weight_files, weight_keys
 from xtuner_core.durable import remove
 from xtuner_core.errors import RecipeError, StorageError
 
@@ -102,14 +102,17 @@ def run(recipe: Recipe, work: Work) -> Metrics:
 
     Raises:
         RecipeError: the folder is no complete model, or the preset is unknown.
-        DataError: a weight file is damaged.
+        DataError: weights are damaged, not finite, or not those of the config.
         StorageError: a download failed.
     """
+    from xtuner_core.models.check import require_usable
+
     source = parse_base(recipe.model.base)
     folder = work.payload / "model"
     folder.mkdir()
     _MAKERS[source.kind](source, folder, recipe, work)
     _require_complete(folder, source.name)
+    require_usable(folder)
     return describe(folder)
 
 
@@ -129,11 +132,8 @@ def _folder_files(folder: Path) -> list[Path]:
 
 
 def _require_complete(folder: Path, name: str) -> None:
-    if missing := missing_files(folder):
-        raise RecipeError(
-            f"model.base: {name} is not a complete model folder: {', '.join(missing)} missing. "
-            "Needed: config.json, tokenizer.json and safetensors weights; name the folder that holds them."
-        )
+    if wrong := complaint(folder):
+        raise RecipeError(f"model.base: {name} {wrong}")
 
 
 def _from_folder(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:

@@ -104,6 +104,61 @@ def missing_files(folder: Path) -> list[str]:
     return [file.name for file in needed if not file.is_file()]
 
 
+PICKLES = ("*.bin", "*.pt", "*.pth")
+
+
+def complaint(folder: Path) -> str | None:
+    """Why a folder is no complete model, and what to do; None if every file is there. No weights are read."""
+    missing = missing_files(folder)
+    if not missing:
+        return None
+    if snapshots := hub_snapshots(folder):
+        return f"is the root of a hub cache; name the snapshot in it: {' or '.join(map(str, snapshots))}."
+    return f"is not a complete model folder: {', '.join(missing)} missing. {_advice(folder, missing)}"
+
+
+def _advice(folder: Path, missing: list[str]) -> str:
+    if SINGLE in missing and (pickles := sorted(file.name for kind in PICKLES for file in folder.glob(kind))):
+        return (
+            f"Its weights are pickle files ({', '.join(pickles[:3])}), which may run code and are never opened. Convert them once where "
+            "you trust their source: AutoModelForCausalLM.from_pretrained(FOLDER).save_pretrained(NEW_FOLDER), and copy the tokenizer."
+        )
+    if "config.json" in missing and (folder / "adapter_config.json").is_file():
+        return "It is an adapter without its model; name the model it was trained on, or the merged one."
+    inside = sorted(file.parent.name for file in folder.glob("*/config.json")) if "config.json" in missing else []
+    found = f" There is a config.json in its folder {inside[0]}." if inside else ""
+    return (
+        "Needed: config.json, tokenizer.json and every safetensors file; name the folder that holds them, or copy or download it again."
+        f"{found}"
+    )
+
+
+def hub_snapshots(folder: Path) -> list[Path]:
+    """The model folders of a hub cache, or of one repository in it, newest first; of a repository with a `main` only that."""
+    if (main := folder / "refs" / "main").is_file():
+        named = folder / "snapshots" / main.read_text(encoding="utf-8").strip()
+        if (named / "config.json").is_file():
+            return [named]
+    patterns = ("snapshots/*/config.json", "models--*/snapshots/*/config.json", *(["*/config.json"] if folder.name == "snapshots" else []))
+    found = [file.parent for pattern in patterns for file in folder.glob(pattern)]
+    return sorted(found, key=lambda snapshot: snapshot.stat().st_mtime, reverse=True)[:3]
+
+
+def require_whole(folder: Path) -> None:
+    """Refuse torn weight files, and an index that promises tensors which its files do not have.
+
+    Raises:
+        DataError: names the file, and the tensors.
+    """
+    held = {file.name: set(_header(file)) for file in weight_files(folder)}
+    index = folder / INDEX
+    if not index.is_file():
+        return
+    for name, file in json.loads(index.read_text(encoding="utf-8"))["weight_map"].items():
+        if name not in held[file]:
+            raise DataError(f"{folder / file}: the tensor {name} is not in it, though {INDEX} says so. Copy the model folder again.")
+
+
 def weight_keys(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     """Name → (shape, safetensors dtype such as `BF16`) of every tensor, from the file headers alone.
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from xtuner_core.checkpoint.hf import missing_files
+from xtuner_core.checkpoint.hf import complaint
 from xtuner_core.digest import key_of, library_version, sha256
 from xtuner_core.durable import publish, remove
-from xtuner_core.errors import DataError, RecipeError
+from xtuner_core.errors import RecipeError
+from xtuner_core.models.check import read_config, require_room, require_usable
 from xtuner_core.models.preset import TOKENIZER_FILES, create_from_config, preset_file, preset_names
 from xtuner_core.run_config import ModelChoice, refuse_program
 
@@ -33,26 +33,23 @@ def find_model(choice: ModelChoice, seed: int, prepared: Path, say: Callable[[st
 
     Raises:
         RecipeError: there is no such model, or it is not complete; the message says what to give instead.
-        DataError: a config is not readable.
+        DataError: a config is not readable, or the weights are damaged or not those of the config.
     """
     if choice.config or (choice.base or "").startswith(PRESET):
         return _random(choice.config or (choice.base or "").removeprefix(PRESET), choice, seed, prepared, say)
     folder = _complete(Path(choice.base or "").expanduser())
     tokenizer = _tokenizer_folder(choice.tokenizer) if choice.tokenizer else folder
-    require_room(_read_config(folder / "config.json"), tokenizer)
+    require_usable(folder)
+    if tokenizer != folder:
+        require_room(read_config(folder / "config.json"), tokenizer)
     return ModelFolders(folder, tokenizer, speaks_bytes=False)
 
 
 def _complete(folder: Path) -> Path:
     if not folder.is_dir():
         raise RecipeError(f"--load-from {folder}: no such folder. Give a Hugging Face folder on this machine, or --model-cfg for a preset.")
-    if snapshots := sorted(path.parent for path in folder.glob("snapshots/*/config.json")):
-        raise RecipeError(f"--load-from {folder}: this is the root of a hub cache; name the snapshot in it: {snapshots[-1]}.")
-    if missing := missing_files(folder):
-        raise RecipeError(
-            f"--load-from {folder}: not a complete model folder: {', '.join(missing)} missing. "
-            "Needed: config.json, tokenizer.json and every safetensors file; copy or download it again."
-        )
+    if wrong := complaint(folder):
+        raise RecipeError(f"--load-from {folder} {wrong}")
     return folder.resolve()
 
 
@@ -62,7 +59,7 @@ TEMPLATE = "chatml"
 
 def _random(name: str, choice: ModelChoice, seed: int, prepared: Path, say: Callable[[str], None]) -> ModelFolders:
     file, own = _config_file(name)
-    fields = _read_config(file)
+    fields = read_config(file)
     tokenizer = _tokenizer_folder(choice.tokenizer) if choice.tokenizer else own
     if tokenizer:
         require_room(fields, tokenizer)
@@ -92,35 +89,11 @@ def _config_file(name: str) -> tuple[Path, Path | None]:
     raise RecipeError(f"--model-cfg {name}: no such file, and the presets are {', '.join(preset_names())}.")
 
 
-def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise RecipeError(f"{file}: there is no such config.") from None
-    except ValueError as error:
-        raise DataError(f"{file}: not readable as JSON ({error}). Copy the model's config again.") from None
-    if not isinstance(fields, dict) or not isinstance(fields.get("model_type"), str):
-        raise RecipeError(f"{file}: not a model's config; it needs a model_type, as every config.json of transformers has.")
-    return fields
-
-
 def _tokenizer_folder(name: str) -> Path:
     folder = Path(name).expanduser().resolve()
     if not (folder / "tokenizer.json").is_file():
         raise RecipeError(f"--tokenizer-path {name}: no tokenizer.json in it; name a folder with a fast tokenizer.")
     return folder
-
-
-def require_room(config: dict[str, Any], tokenizer: Path) -> None:
-    """Refuse a tokenizer that writes ids the model has no embedding for."""
-    from xtuner_core.data.tokenize import load_tokenizer
-
-    size, room = load_tokenizer(tokenizer).vocab_size, config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
-    if isinstance(room, int) and size > room:
-        raise RecipeError(
-            f"{tokenizer}: the tokenizer has {size} ids, the model's vocab_size is {room}: ids beyond it have no embedding. "
-            "Give the tokenizer that belongs to the model, or a config with a larger vocab_size."
-        )
 
 
 def _key(fields: dict[str, Any], seed: int, tokenizer: Path | None, template: str) -> str:
