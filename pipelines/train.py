@@ -24,6 +24,10 @@ GRACE_SECONDS = 25
 """Longer than the launcher's own shutdown, shorter than Prefect's 30 s."""
 
 
+WATCHED = ("metrics.jsonl", "validation.jsonl", "samples.jsonl", "tensorboard", "profile")
+"""What the engine leaves for people to look at; all but the first only if the recipe or the data ask for it."""
+
+
 def run(recipe: Recipe, work: Work) -> Metrics:
     """Train; payload `checkpoint/` has the trained tensors, the record the full log, metrics and the loss curve.
 
@@ -46,8 +50,10 @@ def run(recipe: Recipe, work: Work) -> Metrics:
         raise _failure(outcome, status, log_file)
     remove(work.payload / "checkpoint")  # an attempt may have been killed just before it was published
     os.rename(work.scratch / "final", work.payload / "checkpoint")
-    for name in ("metrics.jsonl", "validation.jsonl"):  # there is a validation loss only if the data has a validation split
-        if (work.scratch / name).exists():
+    for name in WATCHED:
+        if (work.scratch / name).is_dir():
+            shutil.copytree(work.scratch / name, work.record / name, dirs_exist_ok=True)
+        elif (work.scratch / name).exists():
             shutil.copyfile(work.scratch / name, work.record / name)
     return {**_summary(work.record), **_validation(work.record), **_left_out(work.payload / "checkpoint" / "checkpoint.json")}
 
@@ -70,12 +76,16 @@ def _summary(record: Path) -> Metrics:
     rows = [json.loads(line) for line in (record / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     by_step = {row["step"]: row for row in rows}  # a resumed run repeats the steps after its checkpoint
     steps = sorted(by_step)
-    finite = [step for step in steps if math.isfinite(by_step[step]["total_loss"])]  # another may have been left out of the training
+    finite = [step for step in steps if _finite(by_step[step]["total_loss"])]  # another may have been left out of the training
     losses = [by_step[step]["total_loss"] for step in finite]
     loss_curve(finite, losses, record / "loss.png")
     tokens = sum(by_step[step]["text_tokens"] for step in steps)
     seconds = sum(by_step[step]["time"] + by_step[step]["data_time"] for step in steps)
     return {"steps": len(steps), "first_loss": losses[0], "last_loss": losses[-1], "tokens": tokens, "tokens_per_second": tokens / seconds}
+
+
+def _finite(loss: float | None) -> bool:
+    return loss is not None and math.isfinite(loss)
 
 
 def _validation(record: Path) -> Metrics:

@@ -1,4 +1,4 @@
-"""One line a step: for people in the seeds' format, for programs as JSON."""
+"""What a step and a measurement of the validation loss say: a line for people in the seeds' format, for programs JSON and named numbers."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ import math
 import resource
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
-from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,12 @@ MOST_LOSS = 700.0
 
 @dataclass(frozen=True, slots=True)
 class StepMetrics:
-    """What one optimizer step did. Times in seconds, memory in GiB, `tgs` tokens per second and device."""
+    """What one optimizer step did on this rank. Times in seconds, memory in GiB, `tgs` tokens per second and device.
+
+    consumed_tokens: of all ranks since step 1, taking every rank's for this one's.
+    efficient_attn_ratio: Σ length² of the documents / Σ (tokens of a pack)²: the share of a row's attention that packing leaves.
+    mfu: share of the device's best that the step reached (models/flops.py); None if its best is not known.
+    """
 
     step: int
     total_step: int
@@ -37,6 +43,10 @@ class StepMetrics:
     e2e_tgs: float
     eta: float
     pack_efficiency: float
+    learned_tokens: int
+    consumed_tokens: int
+    efficient_attn_ratio: float
+    mfu: float | None
 
     def line(self) -> str:
         """The log line, field for field as XTuner V1 prints it."""
@@ -46,6 +56,22 @@ class StepMetrics:
             f"max_memory: {self.max_memory:.2f} GB reserved_memory: {self.reserved_memory:.2f} GB grad_norm: {self.grad_norm:.3f} "
             f"tgs: {self.tgs:.1f} e2e_tgs: {self.e2e_tgs:.1f}"
         )
+
+    def as_row(self) -> dict[str, Any]:
+        """One row of `metrics.jsonl`."""
+        return asdict(self)
+
+    def tagged(self) -> dict[str, float]:
+        """The numbers by XTuner V1's names for TensorBoard; one that is not known or not finite is left out."""
+        runtime = ("text_tokens", "learned_tokens", "tgs", "efficient_attn_ratio", "pack_efficiency", "mfu")
+        values = {
+            "lr": self.lr, "grad_norm": self.grad_norm, "loss/total_loss": self.total_loss, "loss/reduced_llm_loss": self.reduced_llm_loss,
+            "time/data_time": self.data_time, "time/step_time": self.time, "time/eta_seconds": self.eta,
+            "memory/max_memory_GB": self.max_memory, "memory/reserved_memory_GB": self.reserved_memory,
+            "runtime_info/approximate_total_consumed_tokens": self.consumed_tokens, "runtime_info/exp_tgs": self.e2e_tgs,
+            **{f"runtime_info/{name}": getattr(self, name) for name in runtime},
+        }  # fmt: skip
+        return {name: float(value) for name, value in values.items() if value is not None and math.isfinite(value)}
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +96,25 @@ class ValidationMetrics:
         """One row of `validation.jsonl`."""
         return {**asdict(self), "perplexity": self.perplexity}
 
+    def tagged(self) -> dict[str, float]:
+        """The numbers by names like a step's."""
+        return {"loss/validation_loss": self.validation_loss, "validation/perplexity": self.perplexity, "validation/time": self.time}
+
+
+def json_line(row: Mapping[str, Any]) -> str:
+    """One line of strict JSON, which knows no NaN and no infinity: such a number (of a step that was left out) is null."""
+    finite = {name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"
+
 
 def memory(device: torch.device) -> tuple[float, float]:
-    """Peak used and reserved memory in GiB: of the GPU, or this process's resident set."""
+    """Peak used and reserved memory in GiB: of the GPU since the last call, or this process's largest resident set so far."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
+        peaks = torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
+        torch.cuda.reset_peak_memory_stats(device)
+        return peaks
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
     return peak, peak
-
-
-class MetricsLog:
-    """Prints the line of each step and appends it to `metrics.jsonl` (rank 0 only)."""
-
-    def __init__(self, path: Path, rank: int) -> None:
-        self._rank = rank
-        self._path = path
-
-    def write(self, metrics: StepMetrics) -> None:
-        say(self._rank, metrics.line())
-        if self._rank == 0:
-            with open(self._path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(metrics)) + "\n")
 
 
 def say(rank: int, message: str) -> None:

@@ -7,7 +7,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from xtuner_core import adapters, registry, run_record
+from xtuner_core import adapters, registry, run_record, trackers
 from xtuner_core import work_dir as work
 from xtuner_core.config import DataConfig, SftConfig
 from xtuner_core.data import packing, shards, templates
@@ -50,12 +50,13 @@ def prepare_run(run: RunConfig, processes: int, say: Log) -> SftConfig | None:
 
 
 def require_known_words(run: RunConfig) -> None:
-    """Refuse a registered word that is not known, before anything is made."""
+    """Refuse a registered word that is not known, or a tracker that is not installed, before anything is made."""
     words = ((adapters, run.train.method), (optimizers, run.train.optimizer), (schedules, run.train.scheduler), (packing, run.data.packing))
     for package, name in words:
         registry.require(package, name)
     if run.model.template and run.model.template != templates.OWN:
         registry.require(templates, run.model.template)
+    trackers.require_installed(run.train.trackers)
 
 
 def choose(folders: ModelFolders, asked: str | None) -> str:

@@ -1,4 +1,4 @@
-"""How far a long piece of work is, in bytes: a bar on a terminal, otherwise a line in the log now and then."""
+"""How far a long piece of work is: a bar on a terminal, otherwise a line in the log now and then."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
+from typing import Protocol
 
 EVERY_SECONDS = 10.0
 Log = Callable[[str], None]
@@ -51,3 +53,42 @@ def _lines(label: str, total: int, log: Log) -> Advance:
             log(f"{label}: {done / 1e6:.1f} of {total / 1e6:.1f} MB, {speed / 1e6:.1f} MB/s, {left}")
 
     return advance
+
+
+class Step(Protocol):
+    """What the bar shows of a training step (metrics.StepMetrics); seconds and shares."""
+
+    @property
+    def step(self) -> int: ...
+    @property
+    def total_loss(self) -> float: ...
+    @property
+    def lr(self) -> float: ...
+    @property
+    def tgs(self) -> float: ...
+    @property
+    def mfu(self) -> float | None: ...
+    @property
+    def eta(self) -> float: ...
+
+
+@contextmanager
+def training_bar(first: int, total: int) -> Iterator[Callable[[Step], None]]:
+    """On a terminal a bar below the log with the last step's numbers, `first` of `total` steps being done; elsewhere nothing.
+
+    What is printed meanwhile appears above the bar.
+    """
+    if not sys.stdout.isatty():
+        yield lambda step: None
+        return
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    with Progress(MofNCompleteColumn(), BarColumn(16), TextColumn("{task.description}"), transient=True) as bar:
+        task = bar.add_task("", total=total, completed=first)
+        yield lambda step: bar.update(task, completed=step.step, description=_told(step))
+
+
+def _told(step: Step) -> str:
+    mfu = "" if step.mfu is None else f" · MFU {step.mfu:.1%}"
+    left = timedelta(seconds=round(step.eta))
+    return f"loss {step.total_loss:.3f} · lr {step.lr:.1e} · {step.tgs:.0f} tok/s{mfu} · {left} left"

@@ -19,10 +19,11 @@ from xtuner_core.data.loader import Batch, load_step
 from xtuner_core.data.order import steps_of
 from xtuner_core.errors import DataError, Interrupted, RecipeError
 from xtuner_core.guards import History, judge
-from xtuner_core.metrics import MetricsLog, StepMetrics, clock, memory
+from xtuner_core.metrics import clock
 from xtuner_core.optim.optimizer import set_learning_rate
 from xtuner_core.optim.schedule import learning_rate
 from xtuner_core.parallel.mesh import World, any_rank, sum_over_ranks
+from xtuner_core.records import open_records
 from xtuner_core.signals import StopRequest
 from xtuner_core.validation import due, validate
 
@@ -40,13 +41,11 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
     dataset, total = packs_to_train(config, world)
     model, optimizer = build(config, world)
     at = resume(config, model, optimizer, total, world)
-    log = MetricsLog(config.work_dir / "metrics.jsonl", world.rank)
-    run = RunClock(at.step, total, dataset.description["pack_length"], world)
-    with Saver(config, model, optimizer, at, world) as saver:
+    with Saver(config, model, optimizer, at, world) as saver, open_records(config, at.step, total, dataset, world) as records:
         while True:
             measured = at.measured
             if due(at.step, total, len(dataset), config.train):
-                measured = validate(model, at.measured, at.step, config, world, stop)
+                measured = validate(model, at.measured, at.step, config, world, stop, records.validation)
             last = at.step == total
             if measured is None or (any_rank(stop.asked, world) and not last):
                 saver.save(at)
@@ -62,7 +61,7 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
             set_learning_rate(optimizer, rate := learning_rate(at.step, total, config.train))
             loss, grad_norm, history = train_step(model, optimizer, batches, config, world, at.history, at.step)
             at = replace(at, step=at.step + 1, history=history)
-            log.write(run.metrics(at.step, batches, rate, loss, grad_norm, started, loaded))
+            records.step(at.step, batches, rate, loss, grad_norm, started, loaded)
     finish(config, model, at, world)
 
 
@@ -75,29 +74,6 @@ def packs_to_train(config: SftConfig, world: World) -> tuple[PackedDataset, int]
     if len(dataset) == 0:
         raise DataError(f"{config.data_dir}: no packs to train on; preference pairs and prompts are only kept for later use.")
     return dataset, train.total_step or steps_of(len(dataset), train.epochs or 1, train.global_batch_size)
-
-
-class RunClock:
-    """Turns what a step did into its metrics; knows since when this process trains."""
-
-    def __init__(self, first: int, total: int, pack_length: int, world: World) -> None:
-        self._first, self._total, self._pack_length, self._device = first, total, pack_length, world.device
-        self._started, self._tokens = clock(), 0
-
-    def metrics(
-        self, step: int, batches: list[Batch], rate: float, loss: float, grad_norm: float, started: float, loaded: float
-    ) -> StepMetrics:
-        """What step `step` (from 1) did; `started` and `loaded` are the times when its batches were asked for and there."""
-        now, tokens = clock(), sum(batch.text_tokens for batch in batches)
-        self._tokens += tokens
-        elapsed, spent = now - self._started, now - loaded
-        used, reserved = memory(self._device)
-        return StepMetrics(
-            step=step, total_step=self._total, data_time=loaded - started, lr=rate, time=spent, text_tokens=tokens,
-            total_loss=loss, reduced_llm_loss=loss, max_memory=used, reserved_memory=reserved, grad_norm=grad_norm, tgs=tokens / spent,
-            e2e_tgs=self._tokens / elapsed, eta=elapsed / (step - self._first) * (self._total - step),
-            pack_efficiency=tokens / (len(batches) * self._pack_length),
-        )  # fmt: skip
 
 
 def finish(config: SftConfig, model: PreTrainedModel, at: Position, world: World) -> None:

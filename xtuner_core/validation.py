@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,11 +15,12 @@ from xtuner_core.data.dataset import VALIDATION, PackedDataset
 from xtuner_core.data.loader import make_batch
 from xtuner_core.durable import write_bytes
 from xtuner_core.errors import DataError
-from xtuner_core.metrics import ValidationMetrics, clock, say
+from xtuner_core.metrics import ValidationMetrics, clock
 from xtuner_core.parallel.mesh import World, any_rank, sum_over_ranks
 from xtuner_core.signals import StopRequest
 
 ROWS = "validation.jsonl"
+Tell = Callable[[ValidationMetrics], None]
 
 
 def due(step: int, total: int, packs: int, config: TrainConfig) -> bool:
@@ -54,8 +55,10 @@ class Measured:
         return replace(self, step=step, since=self.since + 1)
 
 
-def validate(model: PreTrainedModel, before: Measured, step: int, config: SftConfig, world: World, stop: StopRequest) -> Measured | None:
-    """Print the mean loss per learned token over the validation split and put it into `work_dir/validation.jsonl`, once for a step.
+def validate(
+    model: PreTrainedModel, before: Measured, step: int, config: SftConfig, world: World, stop: StopRequest, tell: Tell
+) -> Measured | None:
+    """Tell the mean loss per learned token over the validation split and put it into `work_dir/validation.jsonl`, once for a step.
 
     Weights, random streams and the model's mode are afterwards what they were. Nothing happens if the data has no such split.
     None if a signal came meanwhile: nothing is written, and the run that resumes from this step measures it.
@@ -71,7 +74,7 @@ def validate(model: PreTrainedModel, before: Measured, step: int, config: SftCon
         return None
     loss, learned = found
     metrics = ValidationMetrics(step, loss, learned, time=clock() - started)
-    say(world.rank, metrics.line())
+    tell(metrics)
     if world.rank == 0:
         _write_rows(config, [*(row for row in _rows(config) if row["step"] < step), metrics.as_row()])
     return before.then(step, loss)

@@ -17,7 +17,7 @@ import torch
 from pipelines import chat, chatters, evaluate, evaluators, launchers, prepare, train
 from pipelines.recipe import PROJECT, load_recipe, shipped_names
 from pipelines.stage import Metrics, Stage, Work
-from xtuner_core import adapters, registry
+from xtuner_core import adapters, registry, trackers
 from xtuner_core.checkpoint.state import trained_tensors
 from xtuner_core.config import TrainConfig
 from xtuner_core.data import formats, packing, templates
@@ -27,7 +27,7 @@ from xtuner_core.optim import optimizers, schedules
 from xtuner_core.optim.optimizer import make_optimizer
 from xtuner_core.optim.schedule import learning_rate
 
-REGISTRIES = (formats, templates, packing, adapters, optimizers, schedules, launchers, evaluators, chatters)
+REGISTRIES = (formats, templates, packing, adapters, optimizers, schedules, trackers, launchers, evaluators, chatters)
 
 FORMAT = """
 from xtuner_core.data.conversation import Conversation, Message

@@ -29,7 +29,7 @@ class Batch:
 
     input_ids, labels, position_ids: `[1, tokens]`; positions are those within the document.
     boundaries: where each document's own part starts, and the end, `[documents + 1]` int32.
-    text_tokens: tokens of the whole documents.
+    text_tokens: tokens of the whole documents; lengths: of each of them.
     """
 
     input_ids: torch.Tensor
@@ -40,6 +40,7 @@ class Batch:
     documents: tuple[int, ...]
     shared: int
     text_tokens: int
+    lengths: tuple[int, ...] = ()
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on the device; from pinned memory they are copied while the host goes on."""
@@ -80,6 +81,7 @@ def make_batch(dataset: PackedDataset, pack: int) -> Batch:
         documents=tuple(piece.number for piece in pieces),
         shared=shared,
         text_tokens=sum(len(piece.ids) for piece in pieces),
+        lengths=tuple(len(piece.ids) for piece in pieces),
     )
 
 

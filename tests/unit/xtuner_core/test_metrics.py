@@ -3,34 +3,45 @@
 from __future__ import annotations
 
 import json
+import math
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from xtuner_core.metrics import MetricsLog, StepMetrics, ValidationMetrics, memory
+from xtuner_core.metrics import StepMetrics, ValidationMetrics, json_line, memory
 
 SEEDS_LINE = (
     "Step 12/100 data_time: 0.0051 lr: 0.000008 time: 0.0509 text_tokens: 4010.0 total_loss: 9.007, reduced_llm_loss: 9.007 "
     "max_memory: 7.06 GB reserved_memory: 8.79 GB grad_norm: 5.998 tgs: 78743.6 e2e_tgs: 37460.4"
 )
-METRICS = StepMetrics(12, 100, 0.00512, 8e-6, 0.05091, 4010, 9.00689, 9.00689, 7.061, 8.789, 5.9981, 78743.61, 37460.42, 99.0, 0.979)
+METRICS = StepMetrics(
+    12, 100, 0.00512, 8e-6, 0.05091, 4010, 9.00689, 9.00689, 7.061, 8.789, 5.9981, 78743.61, 37460.42, 99.0, 0.979, 1200, 48120, 0.25, 0.41
+)
 
 
 def test_the_line_is_the_seeds_line() -> None:
     assert METRICS.line() == SEEDS_LINE
 
 
-def test_rank_0_prints_and_appends_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    file = tmp_path / "metrics.jsonl"
-    for _ in range(2):  # a resumed run appends
-        MetricsLog(file, rank=0).write(METRICS)
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 2
-    assert re.fullmatch(r"\[XTuner\]\[RANK 0\]\[\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\]\[INFO\] " + re.escape(SEEDS_LINE), lines[0])
-    rows = [json.loads(row) for row in file.read_text().splitlines()]
-    assert [(row["step"], row["total_loss"], row["eta"], row["pack_efficiency"]) for row in rows] == [(12, 9.00689, 99.0, 0.979)] * 2
+def test_tags_are_xtuner_s_and_finite() -> None:
+    tags = METRICS.tagged()
+    assert {
+        "lr", "grad_norm", "loss/total_loss", "loss/reduced_llm_loss", "time/data_time", "time/step_time", "time/eta_seconds",
+        "runtime_info/text_tokens", "runtime_info/tgs", "runtime_info/exp_tgs", "runtime_info/efficient_attn_ratio",
+        "runtime_info/approximate_total_consumed_tokens", "memory/max_memory_GB", "memory/reserved_memory_GB", "runtime_info/mfu",
+    } <= tags.keys()  # fmt: skip
+    assert (tags["lr"], tags["runtime_info/mfu"], tags["loss/total_loss"]) == (8e-6, 0.41, 9.00689)
+    left_out = replace(METRICS, total_loss=math.nan, grad_norm=math.inf, mfu=None).tagged()
+    assert tags.keys() - left_out.keys() == {"loss/total_loss", "grad_norm", "runtime_info/mfu"}
+
+
+def test_json_lines_are_strict() -> None:
+    line = json_line(replace(METRICS, total_loss=math.nan, grad_norm=-math.inf, mfu=None).as_row())
+    row = json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert line.endswith("}\n") and (row["total_loss"], row["grad_norm"], row["mfu"], row["tgs"]) == (None, None, None, 78743.61)
 
 
 def test_the_validation_line() -> None:
@@ -38,11 +49,6 @@ def test_the_validation_line() -> None:
     assert metrics.line() == "Validation step 7 loss: 2.000 perplexity: 7.389"
     assert metrics.as_row() == {"step": 7, "validation_loss": 2.0, "learned_tokens": 30, "time": 0.5, "perplexity": pytest.approx(7.389056)}
     assert ValidationMetrics(7, 1e9, 30, 0.5).perplexity < float("inf")
-
-
-def test_other_ranks_are_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    MetricsLog(tmp_path / "metrics.jsonl", rank=1).write(METRICS)
-    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
 
 
 def test_memory_is_that_of_this_process() -> None:

@@ -155,7 +155,7 @@ def test_weights_that_diverged_are_an_error(
     with torch.no_grad():
         next(model.parameters()).fill_(torch.nan)
     with pytest.raises(DataError, match="the validation loss is not finite"):
-        validation.validate(model, validation.Measured(), 1, config, world, stop)
+        validation.validate(model, validation.Measured(), 1, config, world, stop, print)
     assert not (config.work_dir / "validation.jsonl").exists()
 
 
