@@ -12,6 +12,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 
 # One OpenMP thread a process in tests: two collapse when both cores are busy.
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DO_NOT_TRACK=1
+PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: help demo test test-fast lint format env clean
 
@@ -26,10 +27,10 @@ demo: env
 	$(BIN)/xtuner run $(RECIPE) --store $(STORE)
 
 test: env
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(PYTEST)
 
 test-fast: $(READY)
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 lint: $(READY)
 	$(BIN)/ruff check .

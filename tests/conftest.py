@@ -23,6 +23,19 @@ settings.register_profile("busy machine", deadline=None, suppress_health_check=[
 settings.load_profile("busy machine")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that share what their module makes once stay on one worker; all others go to whichever is free."""
+    for item in items:
+        if isinstance(item, pytest.Function) and "module" in _scopes(item):
+            item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(PROJECT))))
+
+
+def _scopes(test: pytest.Function) -> set[str]:
+    """Of its fixtures, direct and indirect."""
+    return {found[-1].scope for found in test._fixtureinfo.name2fixturedefs.values()}
+
+
 def _base_folder(recipe: str) -> Path:
     return Store(TEST_STORE).produce(base_model.STAGE, load_recipe(recipe), {}, print).artifact.payload / "model"
 

@@ -87,7 +87,15 @@ def _run(model: Path, out: Path, *rows: list[dict[str, str]], settings: tuple[st
 
 
 def _servers() -> list[psutil.Process]:
-    return psutil.Process().children(recursive=True)
+    """Those of this test process; it may have other children, such as pytest-xdist's and Prefect's."""
+    return [one for one in psutil.Process().children(recursive=True) if _serves(one)]
+
+
+def _serves(process: psutil.Process) -> bool:
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE and {"transformers.cli.transformers", "serve"} <= set(process.cmdline())
+    except psutil.Error:  # it ended while we looked
+        return False
 
 
 def _until(condition: Callable[[], object], seconds: float) -> bool:
