@@ -146,7 +146,8 @@ class FsdpConfig(Config):
 
 
 OBSERVING = frozenset({
-    "launcher", "prefetch", "checkpoint_interval", "trackers", "peak_flops", "profile_step", "profile_memory",
+    "launcher", "prefetch", "checkpoint_interval", "checkpoint_minutes", "checkpoint_keep", "checkpoint_last",
+    "async_checkpoint", "trackers", "peak_flops", "profile_step", "profile_memory",
     "sample_prompts", "sample_interval", "sample_tokens",
 })  # fmt: skip
 """Train settings that say how a run is started, watched and saved: any value leads to the same result."""
@@ -216,6 +217,23 @@ class TrainConfig(Config):
     )
     checkpoint_interval: int | None = Field(
         default=None, ge=1, description="Steps between checkpoints to resume from (none: only when a signal comes)."
+    )
+    checkpoint_minutes: float | None = Field(
+        default=None, gt=0, description="Minutes after which a checkpoint is saved, beside those of checkpoint_interval."
+    )
+    checkpoint_keep: int = Field(default=2, ge=1, description="Newest checkpoints that are kept; older ones are removed.")
+    checkpoint_last: bool = Field(
+        default=False, description="A checkpoint after the last step as well, from which a run with more steps goes on."
+    )
+    checkpoint_best: bool = Field(
+        default=False,
+        description="Save a checkpoint at each new minimum of the validation loss, keep it, and make the result from the last such one.",
+    )
+    async_checkpoint: bool = Field(
+        default=False, description="Write checkpoints in the background, from a copy in host memory; final is waited for."
+    )
+    early_stop: int | None = Field(
+        default=None, ge=1, description="End after so many measurements of the validation loss in a row without a new minimum."
     )
     trackers: Names = Field(
         default=(), description="Where the numbers of each step are shown beside the log, modules of xtuner_core/trackers."

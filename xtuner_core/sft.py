@@ -6,11 +6,9 @@ torchrun exits with 1 whatever a rank's code was, so the outcome (exit code and 
 from __future__ import annotations
 
 import os
-import signal
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 
 from xtuner_core import run_record
 from xtuner_core.arguments import Arguments, parse
@@ -46,37 +44,30 @@ def asked(arguments: Arguments) -> SftConfig | RunConfig:
 
 def run(config: SftConfig, stop: StopRequest) -> None:
     """Join the other ranks and train."""
-    from xtuner_core.parallel.mesh import join_world
-    from xtuner_core.trainer import train
+    with stop.at_once("the libraries were loaded"):
+        from xtuner_core.parallel.mesh import join_world
+        from xtuner_core.trainer import train
 
     with join_world() as world:
         train(config, world, stop)
 
 
-def run_whole(asked: RunConfig) -> None:
+def run_whole(asked: RunConfig, stop: StopRequest) -> None:
     """Let rank 0 prepare, then train.
 
     Raises:
-        Interrupted: a signal came while the run was prepared; what is finished is kept.
+        Interrupted: a signal came; what is finished is kept.
     """
-    from xtuner_core.parallel.rendezvous import sharing
-
-    def prepare() -> str:
-        from xtuner_core.metrics import say
-        from xtuner_core.preparation import prepare_run
-
-        config = prepare_run(asked, processes_of_this_run(), lambda line: say(0, line))
-        return config.model_dump_json() if config else DONE
-
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        share = sharing()  # kept to the end: with it the store would go
-        settled = share(prepare)
-        stop = StopRequest()
-    except KeyboardInterrupt:
+        with stop.at_once("the run was prepared"):
+            from xtuner_core.parallel.rendezvous import sharing
+
+            share = sharing()  # kept to the end: with it the store would go
+            settled = share(lambda: prepare(asked))
+    except Interrupted:
         if not _is_first():  # the launcher ends the ranks that wait for the first
             raise SystemExit(Interrupted.exit_code) from None
-        raise Interrupted("stopped while the run was prepared; the same command continues from there.") from None
+        raise
     if settled == DONE:
         print(f"nothing to do: {asked.work_dir / 'final'} is this run's result. Start over with --no-resume.", flush=True)
         return
@@ -93,34 +84,40 @@ def run_whole(asked: RunConfig) -> None:
             run_record.end(config, processes_of_this_run(), comment)
 
 
+def prepare(asked: RunConfig) -> str:
+    """What to train as JSON, with all of it in place; DONE if the result is there."""
+    from xtuner_core.metrics import say
+    from xtuner_core.preparation import prepare_run
+
+    config = prepare_run(asked, processes_of_this_run(), lambda line: say(0, line))
+    return config.model_dump_json() if config else DONE
+
+
 def processes_of_this_run() -> int:
     """How many torchrun started; one without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Train, and report a failure on stderr, as exit code, and in the outcome file."""
-    work_dir = None
+    work_dir, stop = None, StopRequest()
     try:
         with ExitStack() as files:
-            config = asked(parse(sys.argv[1:] if arguments is None else arguments))
-            if "LOCAL_RANK" in os.environ:
-                die_with_parent()
+            with stop.at_once("the settings were read"):
+                config = asked(parse(sys.argv[1:] if arguments is None else arguments))
+                if "LOCAL_RANK" in os.environ:
+                    die_with_parent()
             if isinstance(config, SftConfig):
                 work_dir = config.work_dir
                 work_dir.mkdir(parents=True, exist_ok=True)
-                run(config, StopRequest())
+                run(config, stop)
             else:
                 if _is_first():
                     from xtuner_core.work_dir import claim
 
                     files.callback(claim(config.work_dir).release)
                 work_dir = config.work_dir  # from here on it is ours to write to
-                run_whole(config)
+                run_whole(config, stop)
         return 0
     except UserError as error:
         return _report(work_dir, error)
@@ -134,7 +131,8 @@ def _is_first() -> bool:
 
 def _report(work_dir: Path | None, error: UserError) -> int:
     print(f"error: {error}", file=sys.stderr, flush=True)
-    if work_dir is not None and _is_first():
+    # Any rank may be the only one to fail, on its own disk say; that it was told to stop is for the first to say.
+    if work_dir is not None and (_is_first() or not isinstance(error, Interrupted)):
         try:
             write_json(work_dir / OUTCOME, {"code": error.exit_code, "message": str(error)})
         except OSError as failure:

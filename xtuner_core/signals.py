@@ -5,7 +5,11 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+from xtuner_core.errors import Interrupted
 
 _PR_SET_PDEATHSIG = 1
 
@@ -15,6 +19,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.asked = False
+        self._at_once = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
@@ -23,6 +28,27 @@ class StopRequest:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
         self.asked = True
+        if self._at_once:
+            raise KeyboardInterrupt  # not an Exception: no library takes it for a failure of its own
+
+    @contextmanager
+    def at_once(self, doing: str) -> Iterator[None]:
+        """While the block runs a signal ends it: what is done there (`doing`, for the message) is nothing that could be lost.
+
+        Raises:
+            Interrupted: a signal came, before or within; also where another rank's end made this one fail.
+        """
+        self._at_once = True
+        try:
+            if not self.asked:
+                yield
+        except (KeyboardInterrupt, RuntimeError):
+            if not self.asked:
+                raise
+        finally:
+            self._at_once = False
+        if self.asked:
+            raise Interrupted(f"stopped while {doing}; the same command continues from there.")
 
 
 def die_with_parent(parent: int | None = None) -> None:

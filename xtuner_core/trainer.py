@@ -11,21 +11,22 @@ from transformers import PreTrainedModel
 
 from xtuner_core.build import build
 from xtuner_core.checkpoint import state, store
-from xtuner_core.checkpoint.resume import Position, resume
+from xtuner_core.checkpoint.resume import Position, load_best, resume
 from xtuner_core.checkpoint.saver import Saver
 from xtuner_core.config import SftConfig
 from xtuner_core.data.dataset import PackedDataset
-from xtuner_core.data.loader import Batch, load_step
+from xtuner_core.data.loader import Batch, load_step, read_ahead
 from xtuner_core.data.order import steps_of
 from xtuner_core.errors import DataError, Interrupted, RecipeError
+from xtuner_core.garbage import collect_at_steps
 from xtuner_core.guards import History, judge
 from xtuner_core.metrics import clock
 from xtuner_core.optim.optimizer import set_learning_rate
 from xtuner_core.optim.schedule import learning_rate
-from xtuner_core.parallel.mesh import World, any_rank, sum_over_ranks
+from xtuner_core.parallel.mesh import World, any_of_each, sum_over_ranks
 from xtuner_core.records import open_records
 from xtuner_core.signals import StopRequest
-from xtuner_core.validation import due, validate
+from xtuner_core.validation import due, out_of_patience, require_split, validate
 
 FINAL = "final"
 
@@ -39,29 +40,43 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
         RecipeError: the packs of a step cannot be dealt out evenly to the processes, or the checkpoint is past the last step.
     """
     dataset, total = packs_to_train(config, world)
-    model, optimizer = build(config, world)
-    at = resume(config, model, optimizer, total, world)
-    with Saver(config, model, optimizer, at, world) as saver, open_records(config, at.step, total, dataset, world) as records:
+    with stop.at_once("the model was loaded"):
+        model, optimizer = build(config, world)
+        at = resume(config, model, optimizer, total, world)
+
+    def load(step: int) -> list[Batch]:
+        return load_step(dataset, step, config.train.global_batch_size, config.seed, world.rank, world.size)
+
+    with (
+        Saver(config, model, optimizer, at, world) as saver,
+        read_ahead(load, range(at.step, total), config.train.prefetch, world.device) as batches_of_step,
+        open_records(config, at.step, total, dataset, world) as records,
+        collect_at_steps() as collect_garbage,
+    ):
         while True:
             measured = at.measured
             if due(at.step, total, len(dataset), config.train):
                 measured = validate(model, at.measured, at.step, config, world, stop, records.validation)
-            last = at.step == total
-            if measured is None or (any_rank(stop.asked, world) and not last):
+            at = replace(at, measured=measured or at.measured)
+            last = at.step == total or out_of_patience(at.measured, config.train)
+            asked, late, failed = any_of_each((stop.asked, saver.late(), saver.failed()), world)
+            if failed:
+                saver.finish()
+            if measured is None or (asked and not last):
                 saver.save(at)
                 raise Interrupted(f"stopped after step {at.step} of {total}; the same command continues from there.")
-            at = replace(at, measured=measured)
-            if saver.due(at.step, total):
+            if saver.due(at, last, late):
                 saver.save(at)
             if last:
                 break
             started = clock()
-            batches = load_step(dataset, at.step, config.train.global_batch_size, config.seed, world.rank, world.size)
+            batches = next(batches_of_step)
             loaded = clock()
             set_learning_rate(optimizer, rate := learning_rate(at.step, total, config.train))
             loss, grad_norm, history = train_step(model, optimizer, batches, config, world, at.history, at.step)
             at = replace(at, step=at.step + 1, history=history)
             records.step(at.step, batches, rate, loss, grad_norm, started, loaded)
+            collect_garbage(at.step)
     finish(config, model, at, world)
 
 
@@ -73,19 +88,24 @@ def packs_to_train(config: SftConfig, world: World) -> tuple[PackedDataset, int]
     dataset = PackedDataset(config.data_dir)
     if len(dataset) == 0:
         raise DataError(f"{config.data_dir}: no packs to train on; preference pairs and prompts are only kept for later use.")
+    if train.checkpoint_best or train.early_stop:
+        require_split(config)
     return dataset, train.total_step or steps_of(len(dataset), train.epochs or 1, train.global_batch_size)
 
 
 def finish(config: SftConfig, model: PreTrainedModel, at: Position, world: World) -> None:
-    """Publish `final`: what was trained, and what decided it.
+    """Publish `final`: what was trained, or with `train.checkpoint_best` what it was at the lowest validation loss; and what decided it.
 
     Raises:
-        DataError: every step was left out.
+        DataError: every step was left out, or the best checkpoint is damaged.
     """
     if at.history.skipped == at.step:
         raise DataError(f"all {at.step} steps were left out (train.skip_grad_norm_factor); nothing was learned. Lower train.lr.")
-    facts = {"step": at.step, "seed": config.seed, "train": config.train.model_dump(mode="json")}
+    facts = {"step": at.step, "seed": config.seed, "train": config.train.deciding()}
     facts |= {"skipped_steps": at.history.skipped} if config.train.skip_grad_norm_factor else {}
+    if config.train.checkpoint_best:
+        facts |= {"best_step": at.measured.best_step, "best_loss": at.measured.best_loss}
+        load_best(config, model, at, world)
     store.save(config.work_dir / FINAL, state.trained_tensors(model), facts, world)
 
 
@@ -99,14 +119,15 @@ def train_step(
     ranks and micro-batches. FSDP averages gradients over ranks, hence the factor `world.size`.
     """
     learned = sum_over_ranks(sum(batch.learned for batch in batches), world)
-    total = 0.0
+    total = torch.zeros((), device=world.device)
     for batch in batches:
         loss = model.packed_loss(batch.to(world.device), config.train.loss_chunk)  # pyright: ignore[reportCallIssue]
         (loss * (world.size / max(1.0, learned))).backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.train.max_grad_norm, foreach=True)
-    grad_norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
-    mean_loss = sum_over_ranks(float(total), world) / max(1.0, learned)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    summed_loss, grad_norm = torch.stack([total, norm.to(world.device)]).tolist()  # the one place where the host waits for a GPU
+    mean_loss = sum_over_ranks(summed_loss, world) / max(1.0, learned)
     documents = [number for batch in batches for number in batch.documents]
     history = judge(history, step + 1, mean_loss, grad_norm, documents, config.train, world)
     if history.in_a_row == 0:

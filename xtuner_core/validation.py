@@ -14,7 +14,7 @@ from xtuner_core.config import SftConfig, TrainConfig
 from xtuner_core.data.dataset import VALIDATION, PackedDataset
 from xtuner_core.data.loader import make_batch
 from xtuner_core.durable import write_bytes
-from xtuner_core.errors import DataError
+from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.metrics import ValidationMetrics, clock
 from xtuner_core.parallel.mesh import World, any_rank, sum_over_ranks
 from xtuner_core.signals import StopRequest
@@ -78,6 +78,17 @@ def validate(
     if world.rank == 0:
         _write_rows(config, [*(row for row in _rows(config) if row["step"] < step), metrics.as_row()])
     return before.then(step, loss)
+
+
+def out_of_patience(measured: Measured, config: TrainConfig) -> bool:
+    """Whether the loss has not fallen for `train.early_stop` measurements."""
+    return config.early_stop is not None and measured.since >= config.early_stop
+
+
+def require_split(config: SftConfig) -> None:
+    """RecipeError if the data has no validation split."""
+    if not (config.data_dir / VALIDATION).is_dir():
+        raise RecipeError("train.checkpoint_best and train.early_stop go by the validation loss: set data.validation (--validation 0.05).")
 
 
 def forget_after(step: int, config: SftConfig, world: World) -> None:

@@ -34,11 +34,12 @@ _PLACEMENT = {"processes", "fsdp", "recompute", "recompute_ratio", "activation_o
 FREE = OBSERVING | _PLACEMENT | {
     "epochs", "total_step", "lr", "lr_min", "scheduler", "warmup_ratio", "decay_ratio", "weight_decay", "max_grad_norm", "loss_chunk",
     "skip_grad_norm_factor", "skip_grad_norm_window", "max_skipped_steps", "validation_interval",
+    "checkpoint_best", "early_stop",
 }  # fmt: skip
 """Train settings that may change between a checkpoint and the run that continues it; what is saved keeps its meaning."""
 
 UNSEEN = OBSERVING | _PLACEMENT | {"validation_interval"}
-"""Train settings that may change once the result is there."""
+"""Train settings that may change once the result is there, unless it depends on the validation loss."""
 
 
 def claim(work_dir: Path) -> FileLock:
@@ -176,7 +177,8 @@ def is_complete(work_dir: Path, train: TrainConfig, seed: int) -> bool:
 
 
 def _deciding(settings: Facts) -> Facts:
-    return {name: value for name, value in settings.items() if name not in UNSEEN}
+    unseen = UNSEEN - {"validation_interval"} if settings.get("checkpoint_best") or settings.get("early_stop") else UNSEEN
+    return {name: value for name, value in settings.items() if name not in unseen}
 
 
 def write_facts(work_dir: Path, facts: Facts) -> None:

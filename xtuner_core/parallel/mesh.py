@@ -80,3 +80,10 @@ def gather_numbers(values: Sequence[int], world: World) -> list[int]:
 def any_rank(flag: bool, world: World) -> bool:
     """Whether the flag is set on any rank; every rank gets the same answer."""
     return sum_over_ranks(float(flag), world) > 0
+
+
+def any_of_each(flags: Sequence[bool], world: World) -> list[bool]:
+    """For each flag whether it is set on any rank, in one message; every rank gets the same answers."""
+    counts = torch.tensor(flags, dtype=torch.int64)
+    dist.all_reduce(counts)
+    return [count > 0 for count in counts.tolist()]

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from xtuner_core.config import SftConfig
+from xtuner_core.data.dataset import VALIDATION, PackedDataset, write_packs
+from xtuner_core.data.pack import whole_documents
 from xtuner_core.parallel.mesh import World, join_world
 from xtuner_core.signals import StopRequest
 
@@ -46,3 +50,18 @@ def sft_config(tiny_model_folder: Path, tiny_data: Path, tmp_path: Path) -> Call
         return SftConfig.model_validate({**places, "train": fields})
 
     return config
+
+
+HELD_BACK = [[3, 8, 1], [5], [9, 0, 2], [4, 7], [6]]
+"""Packs of the documents 0 to 9; a number of packs that two ranks cannot share evenly."""
+
+
+@pytest.fixture(scope="session")
+def validated_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny recipe's data with a validation split."""
+    folder = shutil.copytree(tiny_data, tmp_path_factory.mktemp("data") / "payload")
+    dataset = PackedDataset(folder)
+    lengths = np.array([len(dataset.document(number).ids) for number in range(10)])
+    numbers = np.array([number for pack in HELD_BACK for number in pack])
+    write_packs(folder / VALIDATION, whole_documents(numbers, lengths, np.array([len(pack) for pack in HELD_BACK])))
+    return folder

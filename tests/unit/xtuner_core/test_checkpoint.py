@@ -74,7 +74,7 @@ def test_every_tensor_comes_back(work_dir: Path) -> None:
 
 def test_old_checkpoints_go_drafts_do_not_count_and_saving_again_replaces(work_dir: Path, world: World) -> None:
     (work_dir / "checkpoints" / ".step-12.draft" / "tensors").mkdir(parents=True)
-    store.keep_newest(work_dir, 2)
+    store.keep(work_dir, 12, 2, None)
     names = ["step-10", "step-11"]
     assert sorted(path.name for path in (work_dir / "checkpoints").glob("step-*")) == names
     store.save(work_dir / "checkpoints" / "step-12", TENSORS, {"step": 12}, world)  # over the draft of a run that was killed

@@ -22,27 +22,12 @@ from pipelines.launchers import local
 from xtuner_core import trainer, validation
 from xtuner_core.checkpoint import store
 from xtuner_core.config import SftConfig, TrainConfig
-from xtuner_core.data.dataset import VALIDATION, PackedDataset, write_packs
-from xtuner_core.data.pack import whole_documents
+from xtuner_core.data.dataset import PackedDataset
 from xtuner_core.durable import write_json
 from xtuner_core.errors import DataError, Interrupted
 from xtuner_core.parallel.mesh import World
 from xtuner_core.signals import StopRequest
 from xtuner_core.validation import due
-
-HELD_BACK = [[3, 8, 1], [5], [9, 0, 2], [4, 7], [6]]
-"""Packs of documents; a number that two ranks cannot share evenly."""
-
-
-@pytest.fixture(scope="session")
-def validated_data(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny recipe's data with a validation split."""
-    folder = shutil.copytree(tiny_data, tmp_path_factory.mktemp("data") / "payload")
-    dataset = PackedDataset(folder)
-    lengths = torch.tensor([len(dataset.document(number).ids) for number in range(10)]).numpy()
-    numbers = torch.tensor([number for pack in HELD_BACK for number in pack]).numpy()
-    write_packs(folder / VALIDATION, whole_documents(numbers, lengths, torch.tensor([len(pack) for pack in HELD_BACK]).numpy()))
-    return folder
 
 
 @pytest.fixture
@@ -59,7 +44,7 @@ def reference_loss(model_dir: Path, weights: Path, data: Path) -> float:
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32)
     model.load_state_dict(store.load_whole(weights), strict=False)
     total, learned = 0.0, 0
-    for document in (PackedDataset(data).document(number) for pack in HELD_BACK for number in pack):
+    for document in map(PackedDataset(data).document, range(10)):
         ids, loss = torch.tensor(document.ids.astype(int)), torch.tensor(document.loss)
         with torch.no_grad():
             logits = model.eval()(ids[None]).logits[0, :-1]
