@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -12,17 +13,37 @@ from transformers import PreTrainedModel
 
 from xtuner_core.data.loader import IGNORE, Batch
 from xtuner_core.errors import RecipeError
+from xtuner_core.models.documents import Documents
+
+_POWERS = {"sample": -1.0, "square": -0.5}
+
+
+def weigh(batch: Batch, reduction: str) -> Batch:
+    """The batch with the weights of its labels, by `train.loss_reduction`; `batch` on the host.
+
+    token: every label counts 1. sample: a label counts 1 / n in a document of n labels, so every document counts alike. square:
+    1 / sqrt(n), between the two. As in XTuner V1 (`len2weight` of xtuner/v1/loss/ce_loss.py). A document that packing cuts into pieces
+    counts as so many documents.
+    """
+    if reduction == "token":
+        return batch
+    learned = batch.labels[0] != IGNORE
+    counts = torch.diff(F.pad(learned.cumsum(0), (1, 0))[batch.boundaries])
+    weights = counts.clamp(min=1).double().pow(_POWERS[reduction]).repeat_interleave(torch.diff(batch.boundaries))
+    return replace(batch, weights=(F.pad(weights, (batch.shared, 0)) * learned).float().unsqueeze(0))
 
 
 def packed_loss(model: PreTrainedModel, batch: Batch, chunk: int) -> torch.Tensor:
-    """Summed token cross-entropy of a packed row, in fp32 (0-d).
+    """Summed, weighted token cross-entropy of a packed row, in fp32 (0-d).
 
     A method of the FSDP root (`register_fsdp_forward_method`), so that calling the inner decoder does not bypass the root's hooks.
     Only positions with a label reach the head: in chat data most positions have none.
     """
+    batch = batch if batch.places is not None else batch.to(batch.labels.device)
+    assert batch.places is not None
     hidden = model.get_decoder()(**_inputs(batch)).last_hidden_state  # [1, T, hidden]
-    learned = batch.labels[0] != IGNORE
-    return chunked_cross_entropy(hidden[0, learned], _logits(model), batch.labels[0, learned], chunk)
+    weights = None if batch.weights is None else batch.weights[0, batch.places]
+    return chunked_cross_entropy(hidden[0, batch.places], _logits(model), batch.labels[0, batch.places], chunk, weights)
 
 
 def _logits(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
@@ -44,15 +65,11 @@ def _logits(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
-    bounds = {"cu_seq_lens_q": batch.boundaries, "cu_seq_lens_k": batch.boundaries}
-    lengths = {"max_length_q": batch.longest, "max_length_k": batch.longest}
     return {
         "input_ids": batch.input_ids,
         "position_ids": batch.position_ids,
         "use_cache": False,
-        "shared_prefix": batch.shared,
-        **bounds,
-        **lengths,
+        "documents": Documents(tuple(batch.boundaries.tolist())),
     }
 
 
@@ -93,21 +110,29 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
 
 
 def chunked_cross_entropy(
-    hidden: torch.Tensor, head: Callable[[torch.Tensor], torch.Tensor], labels: torch.Tensor, chunk: int
+    hidden: torch.Tensor,
+    head: Callable[[torch.Tensor], torch.Tensor],
+    labels: torch.Tensor,
+    chunk: int,
+    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Sum over tokens of -log softmax(head(hidden))[label]; hidden `[N, hidden]`, labels `[N]` → 0-d fp32.
+    """Sum over tokens of -weight · log softmax(head(hidden))[label]; hidden `[N, hidden]`, labels and weights `[N]` → 0-d fp32.
 
     Each chunk's logits `[chunk, vocabulary]` are recomputed in the backward pass (Chen et al., arXiv:1604.06174).
     """
 
-    def part(piece: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
-        return F.cross_entropy(head(piece).float(), target, reduction="sum")
+    def part(piece: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
+        logits = head(piece).float()
+        if weight is None:
+            return F.cross_entropy(logits, target, reduction="sum")
+        return F.cross_entropy(logits, target, reduction="none") @ weight
 
     if 0 < len(labels) <= chunk:
-        return part(hidden, labels)  # the only chunk: its logits may stay until the backward pass, which follows at once
+        return part(hidden, labels, weights)  # the only chunk: its logits may stay until the backward pass, which follows at once
     if len(labels) == 0:
         return head(hidden).float().sum()  # zero; the head has a gradient on every rank, or FSDP's exchanges would not match
     total = torch.zeros((), device=hidden.device)
     for start in range(0, len(labels), chunk):
-        total = total + checkpoint(part, hidden[start : start + chunk], labels[start : start + chunk], use_reentrant=False)
+        piece, target, weight = (None if rows is None else rows[start : start + chunk] for rows in (hidden, labels, weights))
+        total = total + checkpoint(part, piece, target, weight, use_reentrant=False)
     return total.float()

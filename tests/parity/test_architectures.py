@@ -240,9 +240,9 @@ REFUSED = {
             "layer_types": ["linear_attention", "full_attention"],
             **MIXTURE,
         },
-        "cannot run on packed documents: .*chunk_gated_delta_rule",
+        "carries state from one packed document to the next",
     ),
-    "stablelm": ({"model_type": "stablelm"}, "cannot run on packed documents: .* needs cu_seq_lens_q"),
+    "stablelm": ({"model_type": "stablelm"}, "cannot run on packed documents: .* needs to know the documents"),
     "hyperclovax": ({"model_type": "hyperclovax", "logits_scaling": 2.0}, "changes its logits after the head"),
     "bert": ({"model_type": "bert-generation", "is_decoder": False}, "needs is_causal=False"),
 }

@@ -28,8 +28,10 @@ class Batch:
     documents, for less work.
 
     input_ids, labels, position_ids: `[1, tokens]`; positions are those within the document.
-    boundaries: where each document's own part starts, and the end, `[documents + 1]` int32.
+    boundaries: where each document's own part starts, and the end, `[documents + 1]` int32; stays on the host.
     text_tokens: tokens of the whole documents; lengths: of each of them.
+    places: where a label is, `[learned]`; found by `to` on the host, so that nothing waits for the device to count.
+    weights: what each label counts, `[1, tokens]` fp32; all alike if there are none.
     """
 
     input_ids: torch.Tensor
@@ -41,22 +43,31 @@ class Batch:
     shared: int
     text_tokens: int
     lengths: tuple[int, ...] = ()
+    places: torch.Tensor | None = None
+    weights: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on the device; from pinned memory they are copied while the host goes on."""
-        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
+        placed = replace(self, places=(self.labels[0] != IGNORE).nonzero()[:, 0])
+        return placed._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
         """The batch in page-locked memory, from which a GPU copies by itself."""
         return self._each(torch.Tensor.pin_memory)
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
-        return replace(self, **{name: change(getattr(self, name)) for name in ("input_ids", "labels", "position_ids", "boundaries")})
+        tensors = {name: getattr(self, name) for name in ("input_ids", "labels", "position_ids", "places", "weights")}
+        return replace(self, **{name: change(tensor) for name, tensor in tensors.items() if tensor is not None})
 
     @property
     def learned(self) -> int:
         """Positions that carry loss."""
         return int((self.labels != IGNORE).sum())
+
+    @property
+    def weight(self) -> float:
+        """What all labels count together."""
+        return self.learned if self.weights is None else float(self.weights.double().sum())
 
 
 def make_batch(dataset: PackedDataset, pack: int) -> Batch:

@@ -1,5 +1,8 @@
 """Attention seam: packed documents, each attending to itself only, without a dense mask over the row.
 
+On a GPU by a kernel for sequences of varying length where one can do what the layer does (attention_kernels.py), else, and on the CPU,
+by groups of documents of similar length.
+
 Legend: T packed tokens, N documents of a group, L longest of the group, H query heads, K key/value heads, D head width.
 """
 
@@ -7,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,14 +17,17 @@ import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
 
+from xtuner_core.determinism import switches
 from xtuner_core.errors import RecipeError
+from xtuner_core.models.attention_kernels import Kernel, available, capability, choose_kernel
+from xtuner_core.models.documents import Documents, groups, varlen
 
 NAME = "xtuner_documents"
 SHORT = 512
 """Up to this length the CPU's own SDPA backward (bf16) is slower than two batched matrix products: 3 times at 256, 7 times at 64 tokens."""
 BLOCK = 512
 """Where plain SDPA will not do: this many queries at a time, with scores of `[BLOCK, L]` or, in a window, `[BLOCK, BLOCK + window]`."""
-_KNOWN = {"position_ids", "cu_seq_lens_k"}
+_KNOWN = {"position_ids"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,34 +52,60 @@ def document_attention(
     scaling: float | None = None,
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
-    cu_seq_lens_q: torch.Tensor | None = None,
-    shared_prefix: int = 0,
+    documents: Documents | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Causal attention inside each document of a packed row; the row's first `shared_prefix` tokens begin every document.
+    """Causal attention inside each document of a packed row; what lies before the first document's own part begins every document.
 
-    query `[1, H, T, D]`, key and value `[1, K, T, D]`, `cu_seq_lens_q` `[documents + 1]` → `[1, T, H, D]`.
+    query `[1, H, T, D]`, key and value `[1, K, T, D]` → `[1, T, H, D]`. Nothing here waits for the device.
+
+    Raises:
+        ValueError: no documents were passed (padded input would get no mask at all).
+        RecipeError: the layer's attention is not causal, or has a mask, a bias or perhaps a window of its own.
+    """
+    if documents is None:
+        raise ValueError("document_attention needs to know the documents; use attn_implementation='sdpa' for padded input")
+    _require_causal(module, attention_mask, kwargs)
+    window = _window(module, kwargs, max(documents.lengths))
+    rule = _Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, window, s_aux, dropout)
+    kernel = _kernel(query, value, rule)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, heads, D]
+    out = _by_groups(query, key, value, documents, rule) if kernel is None else _by_kernel(kernel, query, key, value, documents, rule)
+    return out.unsqueeze(0), None
+
+
+def _kernel(query: torch.Tensor, value: torch.Tensor, rule: _Rule) -> Kernel | None:
+    plain = rule.softcap is None and rule.sinks is None and rule.dropout == 0
+    return choose_kernel(
+        available(), switches().use_fa3, capability(query.device), query.dtype, query.shape[-1], value.shape[-1], plain
+    )  # fmt: skip
+
+
+def _by_kernel(
+    kernel: Kernel, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, rule: _Rule
+) -> torch.Tensor:
+    """query `[T, H, D]`, key and value `[T, K, D]` → `[T, H, D]`; keys of a shared beginning are repeated for every document."""
+    places, width = varlen(documents, query.device), value.shape[-1]
+    if width < query.shape[-1]:
+        value = F.pad(value, (0, query.shape[-1] - width))
+    if places.keys is not None:
+        key, value = key.index_select(0, places.keys), value.index_select(0, places.keys)
+    return kernel(query, key, value, places, rule.scale, rule.window)[..., :width]
+
+
+def _by_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, documents: Documents, rule: _Rule) -> torch.Tensor:
+    """query `[T, H, D]`, key and value `[T, K, D]` → `[T, H, D]`.
+
     Documents of similar length are computed together, padded to the longest of them: under a causal mask padding at the end is
     never seen by a real token. Every document draws its own dropout; a shared beginning draws one for all, which leaves the expected
     gradient as it is.
-
-    Raises:
-        ValueError: no document bounds were passed (padded input would get no mask at all).
-        RecipeError: the layer's attention is not causal, or has a mask, a bias or perhaps a window of its own.
     """
-    if cu_seq_lens_q is None:
-        raise ValueError("document_attention needs cu_seq_lens_q; use attn_implementation='sdpa' for padded input")
-    _require_causal(module, attention_mask, kwargs)
-    bounds = cu_seq_lens_q.tolist()
-    window = _window(module, kwargs, shared_prefix + max(end - start for start, end in pairwise(bounds)))
-    rule = _Rule(query.shape[-1] ** -0.5 if scaling is None else scaling, softcap, window, s_aux, dropout)
-    rows = [tensor[0].transpose(0, 1) for tensor in (query, key, value)]  # [T, heads, D]
-    out = torch.empty(rows[0].shape[0], query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
-    for places, own in _groups(bounds, shared_prefix):
-        grouped_query, grouped_key, grouped_value = (row[places].transpose(1, 2) for row in rows)  # [N, heads, L, D]
+    out = torch.empty(len(query), query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
+    for group in groups(documents, query.device):
+        grouped_query, grouped_key, grouped_value = (row[group.places].transpose(1, 2) for row in (query, key, value))  # [N, heads, L, D]
         result = _causal(grouped_query, grouped_key, grouped_value, rule).transpose(1, 2)  # [N, L, H, D]
-        out = out.index_put((places[own],), result[own])
-    return out.unsqueeze(0), None
+        out = out.index_put((group.rows,), result.flatten(0, 1)[group.own])
+    return out
 
 
 def _require_causal(module: torch.nn.Module, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
@@ -100,26 +131,6 @@ def _window(module: torch.nn.Module, more: dict[str, Any], longest: int) -> int 
             f"has {longest} tokens; set data.max_length to {unsaid} or less."
         )
     return more.get("sliding_window")
-
-
-def _groups(bounds: list[int], shared: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Documents grouped by length, each group within a factor of two.
-
-    For each group the row places of its documents' tokens `[N, L]`, and which of them the document writes `[N, L]`: its own, not the
-    padding, and the shared beginning for the row's first document only.
-    """
-    groups: dict[int, list[tuple[int, int]]] = {}
-    for start, end in pairwise(bounds):
-        groups.setdefault((end - start + shared - 1).bit_length(), []).append((start, end))
-    return [_places(documents, shared) for documents in groups.values()]
-
-
-def _places(documents: list[tuple[int, int]], shared: int) -> tuple[torch.Tensor, torch.Tensor]:
-    starts = torch.tensor([start for start, _ in documents])[:, None]
-    lengths = torch.tensor([end - start + shared for start, end in documents])[:, None]
-    step = torch.arange(int(lengths.max()))[None, :]
-    places = torch.where(step < shared, step, starts - shared + torch.minimum(step, lengths - 1))
-    return places, (step < lengths) & ((step >= shared) | (starts == shared))
 
 
 def _causal(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, rule: _Rule) -> torch.Tensor:
