@@ -45,6 +45,7 @@ XTUNER_NAMES: dict[str, str] = {
     "optim": "train.optimizer",
     "scheduler-type": "train.scheduler",
     "loss-config.chunk-size": "train.loss_chunk",
+    "loss-config.loss-reduction": "train.loss_reduction",
     "fsdp-config.recompute-ratio": "train.recompute_ratio",
     "fsdp-config.torch-compile": "train.compile",
     "fsdp-config.cpu-offload": "train.fsdp.cpu_offload",

@@ -194,6 +194,11 @@ class TrainConfig(Config):
     )
     max_skipped_steps: int = Field(default=8, ge=1, description="Steps left out in a row at which the run ends with an error.")
     dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="Precision of the computation; trained weights are kept in fp32.")
+    loss_reduction: Literal["token", "sample", "square"] = Field(
+        default="token",
+        description="What a learned token counts in a step's mean loss: all alike (token), 1/n in a document of n learned ones, so that "
+        "documents count alike (sample), or 1/√n (square). The validation loss is always per token.",
+    )
     loss_chunk: int = Field(default=1024, ge=1, description="Tokens whose logits exist at one time.")
     recompute: Literal["none", "selective", "full"] = Field(
         default="none",

@@ -20,6 +20,7 @@ from xtuner_core.data.order import steps_of
 from xtuner_core.errors import DataError, Interrupted, RecipeError
 from xtuner_core.garbage import collect_at_steps
 from xtuner_core.guards import History, judge
+from xtuner_core.loss import weigh
 from xtuner_core.metrics import clock
 from xtuner_core.optim.optimizer import set_learning_rate
 from xtuner_core.optim.schedule import learning_rate
@@ -112,22 +113,23 @@ def finish(config: SftConfig, model: PreTrainedModel, at: Position, world: World
 def train_step(
     model: PreTrainedModel, optimizer: Optimizer, batches: list[Batch], config: SftConfig, world: World, history: History, step: int
 ) -> tuple[float, float, History]:
-    """One optimizer update, if its numbers are good; returns the loss per learned token over all ranks, the gradient norm before
-    clipping, and the history with this step.
+    """One optimizer update, if its numbers are good; returns the mean loss over all ranks as `train.loss_reduction` weighs it, the
+    gradient norm before clipping, and the history with this step.
 
-    The loss is divided by the learned tokens of the whole step, so it and its gradient do not depend on how packs are dealt to
+    The loss is divided by the weight of all learned tokens of the step, so it and its gradient do not depend on how packs are dealt to
     ranks and micro-batches. FSDP averages gradients over ranks, hence the factor `world.size`.
     """
-    learned = sum_over_ranks(sum(batch.learned for batch in batches), world)
+    batches = [weigh(batch, config.train.loss_reduction) for batch in batches]
+    weight = sum_over_ranks(sum(batch.weight for batch in batches), world)
     total = torch.zeros((), device=world.device)
     for batch in batches:
         loss = model.packed_loss(batch.to(world.device), config.train.loss_chunk)  # pyright: ignore[reportCallIssue]
-        (loss * (world.size / max(1.0, learned))).backward()
+        (loss * (world.size / max(1.0, weight))).backward()
         total += loss.detach()
     norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.train.max_grad_norm, foreach=True)
     norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
     summed_loss, grad_norm = torch.stack([total, norm.to(world.device)]).tolist()  # the one place where the host waits for a GPU
-    mean_loss = sum_over_ranks(summed_loss, world) / max(1.0, learned)
+    mean_loss = sum_over_ranks(summed_loss, world) / max(1.0, weight)
     documents = [number for batch in batches for number in batch.documents]
     history = judge(history, step + 1, mean_loss, grad_norm, documents, config.train, world)
     if history.in_a_row == 0:
