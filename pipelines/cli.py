@@ -75,13 +75,18 @@ def copy_cfg(name: str, folder: Path) -> None:
 
 @app.command
 def plan(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
-    """Say which stages are cached, which will run and why, and which depend on one that will run."""
+    """Say which stages are cached, which will run and why, and whether the training fits this machine and how long it takes."""
     from pipelines.artifacts import Store
+    from pipelines.forecast import forecast, this_machine
     from pipelines.pipeline import plan as make_plan
     from pipelines.recipe import load_recipe
 
-    for step in make_plan(load_recipe(recipe, overrides or []), Store(store)):
+    chosen, made = load_recipe(recipe, overrides or []), {}
+    for step in make_plan(chosen, Store(store)):
         print(f"{step.node.name:<10} {step.state:<9} {step.why}")
+        made[step.node.name] = step
+    if made["train"].artifact is None:
+        print(*forecast(chosen, Store(store), made["base"].artifact, made["prepare"].artifact, this_machine()), sep="\n")
 
 
 @app.command

@@ -75,6 +75,7 @@ class Planned:
     state: Literal["cached", "will run", "depends"]
     why: str
     key: str | None = None
+    artifact: Artifact | None = None
 
 
 def plan(recipe: Recipe, store: Store) -> Iterator[Planned]:
@@ -97,7 +98,7 @@ def plan(recipe: Recipe, store: Store) -> Iterator[Planned]:
             yield Planned(node, "will run", _what_changed(store, node, ingredients), key)
         else:
             found[node.name] = artifact
-            yield Planned(node, "cached", str(artifact.path), key)
+            yield Planned(node, "cached", str(artifact.path), key, artifact)
 
 
 def _what_changed(store: Store, node: Node, ingredients: dict[str, Any]) -> str:

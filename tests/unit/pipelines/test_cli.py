@@ -140,10 +140,12 @@ def test_a_broken_recipe_file_is_named(tmp_path: Path) -> None:
     assert_told(xtuner("plan", mine), 78, f"{mine}: not readable as YAML")
 
 
-def test_plan_prints_one_line_a_stage(store: Path) -> None:
+def test_plan_prints_one_line_a_stage_and_what_training_needs(store: Path) -> None:
     done = xtuner("plan", TINY, DATA, "--store", store)
     assert done.returncode == 0
-    lines = [line.split() for line in done.stdout.splitlines()]
+    *stages, needed = done.stdout.splitlines()
+    assert needed.startswith("train: 0.1 M parameters, 0.1 M trained; about ") and "; 40 steps" in needed
+    lines = [line.split() for line in stages]
     assert [line[0] for line in lines] == ["base", "prepare", "train", "convert", "eval-base", "eval", "chat"]
     assert [line[1] for line in lines] == ["cached", "cached", "will", "depends", "will", "depends", "depends"]
 
