@@ -55,7 +55,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
             shutil.copytree(work.scratch / name, work.record / name, dirs_exist_ok=True)
         elif (work.scratch / name).exists():
             shutil.copyfile(work.scratch / name, work.record / name)
-    return {**_summary(work.record), **_validation(work.record), **_left_out(work.payload / "checkpoint" / "checkpoint.json")}
+    return {**_summary(work.record), **_validation(work.record), **_told(work.payload / "checkpoint" / "checkpoint.json")}
 
 
 def _relay(line: str, work: Work) -> None:
@@ -95,9 +95,11 @@ def _validation(record: Path) -> Metrics:
     return {"validation_loss": json.loads(file.read_text(encoding="utf-8").splitlines()[-1])["validation_loss"]}
 
 
-def _left_out(facts: Path) -> Metrics:
-    """Number of steps that changed nothing, if the recipe allows any."""
-    return {name: count for name, count in json.loads(facts.read_text(encoding="utf-8")).items() if name == "skipped_steps"}
+def _told(facts: Path) -> Metrics:
+    """Number of steps that changed nothing, if the recipe allows any; which step's weights are the result, if not the last one's."""
+    told = json.loads(facts.read_text(encoding="utf-8"))
+    names = {"skipped_steps": "skipped_steps", "best_step": "best_step", "best_loss": "validation_loss"}
+    return {shown: told[name] for name, shown in names.items() if name in told}
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
