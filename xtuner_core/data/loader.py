@@ -30,7 +30,7 @@ class Batch:
     input_ids, labels, position_ids: `[1, tokens]`; positions are those within the document.
     boundaries: where each document's own part starts, and the end, `[documents + 1]` int32; stays on the host.
     text_tokens: tokens of the whole documents; lengths: of each of them.
-    places: where a label is, `[learned]`; found by `to` on the host, so that nothing waits for the device to count.
+    places: where a label is, `[learned]`; found on the host by `pin` or `to`, so that nothing waits for the device to count.
     weights: what each label counts, `[1, tokens]` fp32; all alike if there are none.
     """
 
@@ -48,12 +48,14 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on the device; from pinned memory they are copied while the host goes on."""
-        placed = replace(self, places=(self.labels[0] != IGNORE).nonzero()[:, 0])
-        return placed._each(lambda tensor: tensor.to(device, non_blocking=True))
+        return self._placed()._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin(self) -> Batch:
         """The batch in page-locked memory, from which a GPU copies by itself."""
-        return self._each(torch.Tensor.pin_memory)
+        return self._placed()._each(torch.Tensor.pin_memory)
+
+    def _placed(self) -> Batch:
+        return self if self.places is not None else replace(self, places=(self.labels[0] != IGNORE).nonzero()[:, 0])
 
     def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Batch:
         tensors = {name: getattr(self, name) for name in ("input_ids", "labels", "position_ids", "places", "weights")}

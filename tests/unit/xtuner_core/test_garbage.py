@@ -1,13 +1,21 @@
-"""Collections at steps instead of at any time."""
+"""Collections at steps instead of at any time, and a long run that takes no more memory than a short one for all that."""
 
 from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from typing import Any
 
+import psutil
 import pytest
 
+from xtuner_core import trainer
+from xtuner_core.config import SftConfig
 from xtuner_core.garbage import COLLECT_EVERY, collect_at_steps
+from xtuner_core.guards import History
+from xtuner_core.parallel.mesh import World
+from xtuner_core.signals import StopRequest
 
 
 class Ring:
@@ -41,3 +49,23 @@ def test_collection_is_as_before_afterwards() -> None:
         assert not gc.isenabled()
     finally:
         gc.enable()
+
+
+@pytest.mark.slow
+def test_three_hundred_steps_leave_nothing_behind(
+    world: World, stop: StopRequest, sft_config: Callable[..., SftConfig], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    resident: list[int] = []
+    objects: list[int] = []
+    train_step = trainer.train_step
+
+    def observed(*arguments: Any) -> tuple[float, float, History]:
+        if arguments[-1] % COLLECT_EVERY == 0:
+            resident.append(psutil.Process().memory_info().rss)
+            objects.append(len(gc.get_objects()))
+        return train_step(*arguments)
+
+    monkeypatch.setattr(trainer, "train_step", observed)
+    trainer.train(sft_config(total_step=6 * COLLECT_EVERY + 1, lr=1e-4), world, stop)
+    assert objects[6] - objects[2] < 1000
+    assert resident[6] - resident[2] < 20 * 2**20
