@@ -168,8 +168,8 @@ def test_sigterm_to_the_launcher_saves_a_checkpoint_and_the_next_run_ends_with_t
     run.wait_for_step(KILLED_AFTER, launcher)
     ranks = ranks_of(launcher)
     launcher.send_signal(signal.SIGTERM)
-    assert launcher.wait(20) != 0
-    assert len(ranks) >= 2 and wait_gone(ranks, 1) == []
+    assert launcher.wait(60) != 0
+    assert len(ranks) >= 2 and wait_gone(ranks, 10) == []
     last = newest(run.folder)
     assert last and last.name == run.checkpoints()[-1] == f"step-{len(run.rows())}"  # nothing that was trained is lost
     assert not (run.folder / "final").exists()
@@ -194,8 +194,8 @@ def test_kill_9_leaves_no_rank_alive_and_the_next_run_ends_with_the_same_bytes(n
         os.kill(ranks[-1].pid, signal.SIGKILL)
     if "launcher" in victim:
         os.killpg(launcher.pid, signal.SIGKILL)
-    assert launcher.wait(10) != 0
-    assert len(ranks) >= 2 and wait_gone(ranks, 10) == []
+    assert launcher.wait(60) != 0
+    assert len(ranks) >= 2 and wait_gone(ranks, 60) == []
     last = newest(run.folder)
     assert last and INTERVAL <= int(last.name[5:]) < STEPS
     run.finish()
@@ -218,6 +218,7 @@ def test_a_flipped_byte_in_the_newest_checkpoint_means_the_one_before(new_run: N
     assert run.digest() == undisturbed.digest()
 
 
+@pytest.mark.usefixtures("undisturbed")  # in the same worker as all that started one
 def test_no_process_of_ours_is_left() -> None:
     mine = psutil.Process().children(recursive=True)
     assert not [process for process in mine if "xtuner_core.sft" in " ".join(process.cmdline())]
