@@ -287,6 +287,7 @@ class SftConfig(Config):
 
     model_dir: Path = Field(description="Hugging Face folder of the base model.")
     data_dir: Path = Field(description="Packed data, as `xtuner prepare` leaves it.")
+    tokenizer_dir: Path | None = Field(default=None, description="Folder of the data's tokenizer; model_dir if not given.")
     work_dir: Path = Field(description="Checkpoints, metrics and the outcome are written here.")
     seed: int = Field(default=42, ge=0, description="Seed of data order, dropout and adapter initialisation.")
     train: TrainConfig

@@ -44,7 +44,9 @@ def prepare_run(run: RunConfig, processes: int, say: Log) -> SftConfig | None:
     data = pack(run, plan, prepared, say)
     work.write_facts(folder, facts)
     remove(folder / "outcome.json")  # an earlier attempt's
-    config = SftConfig(model_dir=folders.model, data_dir=data, work_dir=folder, seed=run.seed, train=run.train)
+    config = SftConfig(
+        model_dir=folders.model, data_dir=data, tokenizer_dir=folders.tokenizer, work_dir=folder, seed=run.seed, train=run.train
+    )
     run_record.begin(config, processes)
     return config
 

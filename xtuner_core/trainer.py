@@ -25,7 +25,9 @@ from xtuner_core.metrics import clock
 from xtuner_core.optim.optimizer import set_learning_rate
 from xtuner_core.optim.schedule import learning_rate
 from xtuner_core.parallel.mesh import World, any_of_each, sum_over_ranks
+from xtuner_core.profiling import profiled
 from xtuner_core.records import open_records
+from xtuner_core.samples import answer, read_prompts
 from xtuner_core.signals import StopRequest
 from xtuner_core.validation import due, out_of_patience, require_split, validate
 
@@ -41,6 +43,7 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
         RecipeError: the packs of a step cannot be dealt out evenly to the processes, or the checkpoint is past the last step.
     """
     dataset, total = packs_to_train(config, world)
+    prompts = read_prompts(config)
     with stop.at_once("the model was loaded"):
         model, optimizer = build(config, world)
         at = resume(config, model, optimizer, total, world)
@@ -68,13 +71,15 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
                 raise Interrupted(f"stopped after step {at.step} of {total}; the same command continues from there.")
             if saver.due(at, last, late):
                 saver.save(at)
+            answer(model, prompts, at.step, last, config, world)
             if last:
                 break
             started = clock()
             batches = next(batches_of_step)
             loaded = clock()
             set_learning_rate(optimizer, rate := learning_rate(at.step, total, config.train))
-            loss, grad_norm, history = train_step(model, optimizer, batches, config, world, at.history, at.step)
+            with profiled(at.step + 1, config, world):
+                loss, grad_norm, history = train_step(model, optimizer, batches, config, world, at.history, at.step)
             at = replace(at, step=at.step + 1, history=history)
             records.step(at.step, batches, rate, loss, grad_norm, started, loaded)
             collect_garbage(at.step)

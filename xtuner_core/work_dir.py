@@ -3,6 +3,8 @@
 WORK_DIR/run.json          what decided the run: model, data, settings
          prepared/         model-KEY/, data-KEY/, shards/: made once, found again by what decides them
          checkpoints/ final/ metrics.jsonl validation.jsonl outcome.json
+         samples.jsonl profile/ tensorboard/ wandb/ mlflow/ trackio/
+                           if they were asked for; trackers/ has the names of the services' runs
          .xtuner git-info-begin-STEP/
                            the runs so far (xtuner_core/run_record.py)
          previous-TIME/    what `--no-resume` put aside
@@ -27,7 +29,10 @@ from xtuner_core.errors import DataError, RecipeError
 Facts = dict[str, Any]
 FACTS = "run.json"
 PREPARED = "prepared"
-RESULTS = ("checkpoints", "final", "metrics.jsonl", "validation.jsonl", "outcome.json", "git-info-begin-*", FACTS)
+RESULTS = (
+    "checkpoints", "final", "metrics.jsonl", "validation.jsonl", "samples.jsonl", "profile", "outcome.json", "git-info-begin-*", FACTS,
+    "trackers", "tensorboard", "wandb", "mlflow", "trackio",
+)  # fmt: skip
 """What a run leaves; the rest can be made again."""
 _PLACEMENT = {"processes", "fsdp", "recompute", "recompute_ratio", "activation_offload", "compile"}
 """Train settings that say where and when the same numbers are computed."""

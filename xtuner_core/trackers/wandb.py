@@ -30,7 +30,7 @@ def open_tracker(work_dir: Path, settings: Mapping[str, Any], first_step: int) -
     `WANDB_PROJECT`, `WANDB_MODE` and wandb's other variables work as everywhere.
     """
     wandb = import_module(PACKAGE)
-    logged_in = bool(wandb.api.api_key)
+    logged_in = wandb.login(prompt=False)
     run = wandb.init(
         project=os.environ.get("WANDB_PROJECT", "xtuner"),
         name=os.environ.get("WANDB_NAME", work_dir.name),
@@ -39,5 +39,6 @@ def open_tracker(work_dir: Path, settings: Mapping[str, Any], first_step: int) -
         dir=work_dir,
         config=dict(settings),
         mode=None if "WANDB_MODE" in os.environ or logged_in else "offline",
+        settings=wandb.Settings(console="off"),  # the log is ours
     )
     return _Wandb(run)
