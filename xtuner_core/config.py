@@ -49,6 +49,8 @@ def _texts(value: Any) -> Any:
     return tuple(str(part) if isinstance(part, int | float) else part for part in parts) if isinstance(parts, (list, tuple)) else parts
 
 
+PROMPT_FILES = (".txt", ".jsonl")
+"""A prompt that ends so names a file."""
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_texts)]
 
 
@@ -146,7 +148,7 @@ class FsdpConfig(Config):
 
 
 OBSERVING = frozenset({
-    "launcher", "prefetch", "checkpoint_interval", "checkpoint_minutes", "checkpoint_keep", "checkpoint_last",
+    "launcher", "dry_run", "prefetch", "checkpoint_interval", "checkpoint_minutes", "checkpoint_keep", "checkpoint_last",
     "async_checkpoint", "trackers", "peak_flops", "profile_step", "profile_memory",
     "sample_prompts", "sample_interval", "sample_tokens",
 })  # fmt: skip
@@ -214,6 +216,11 @@ class TrainConfig(Config):
     )
     compile: bool = Field(default=False, description="Compile each decoder layer with torch.compile; the first steps take longer.")
     fsdp: FsdpConfig = Field(default=FsdpConfig(), description="How the model is spread over the processes.")
+    dry_run: Literal["auto", "off", "on"] = Field(
+        default="auto",
+        description="Before the first step, a forward and a backward pass of the largest packs without an update, so that memory that does "
+        "not suffice is told at once; auto: on a GPU only.",
+    )
     processes: int = Field(default=1, ge=1, description="Training processes (one a GPU; on CPU they share the cores).")
     launcher: str = Field(default="local", description="How processes are started, a module of pipelines/launchers.")
     prefetch: int = Field(default=2, ge=0, description="Steps whose packs are read in the background before they are due (0: none).")

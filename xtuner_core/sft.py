@@ -45,10 +45,11 @@ def asked(arguments: Arguments) -> SftConfig | RunConfig:
 def run(config: SftConfig, stop: StopRequest) -> None:
     """Join the other ranks and train."""
     with stop.at_once("the libraries were loaded"):
+        from xtuner_core.dry_run import out_of_memory_told
         from xtuner_core.parallel.mesh import join_world
         from xtuner_core.trainer import train
 
-    with join_world() as world:
+    with join_world() as world, out_of_memory_told(config, world):
         train(config, world, stop)
 
 

@@ -17,6 +17,7 @@ from xtuner_core.config import SftConfig
 from xtuner_core.data.dataset import PackedDataset
 from xtuner_core.data.loader import Batch, load_step, read_ahead
 from xtuner_core.data.order import steps_of
+from xtuner_core.dry_run import rehearse
 from xtuner_core.errors import DataError, Interrupted, RecipeError
 from xtuner_core.garbage import collect_at_steps
 from xtuner_core.guards import History, judge
@@ -47,6 +48,7 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
     with stop.at_once("the model was loaded"):
         model, optimizer = build(config, world)
         at = resume(config, model, optimizer, total, world)
+        rehearse(model, optimizer, dataset, config, world)
 
     def load(step: int) -> list[Batch]:
         return load_step(dataset, step, config.train.global_batch_size, config.seed, world.rank, world.size)

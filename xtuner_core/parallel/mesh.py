@@ -27,10 +27,13 @@ class World:
 
 @contextmanager
 def join_world() -> Iterator[World]:
-    """Join the processes that torchrun started, or be the only one: NCCL with one GPU each, else gloo on the CPU."""
+    """Join the processes that torchrun started, or be the only one: NCCL with one GPU each, else gloo on the CPU.
+
+    Raises:
+        RecipeError: there are more processes than GPUs.
+    """
     cuda = torch.cuda.is_available()
-    local = int(os.environ.get("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local) if cuda else torch.device("cpu")
+    device = device_of(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() if cuda else 0)
     if cuda:
         torch.cuda.set_device(device)
     alone = {"store": dist.HashStore(), "rank": 0, "world_size": 1}  # pyright: ignore[reportPrivateImportUsage]
@@ -41,6 +44,22 @@ def join_world() -> Iterator[World]:
         yield World(dist.get_rank(), size, device, init_device_mesh(device.type, (size,), mesh_dim_names=("data",)))
     finally:
         dist.destroy_process_group()
+
+
+def device_of(local_rank: int, gpus: int) -> torch.device:
+    """The device of a process by its number on this machine: a GPU of its own, or the CPU if there are none.
+
+    Raises:
+        RecipeError: no GPU is left for it.
+    """
+    if not gpus:
+        return torch.device("cpu")
+    if local_rank >= gpus:
+        raise RecipeError(
+            f"process {local_rank + 1} on this machine has no GPU: there {'is' if gpus == 1 else 'are'} {gpus}, and each needs one. "
+            f"Set train.processes or --nproc-per-node to {gpus} or less, or look at CUDA_VISIBLE_DEVICES."
+        )
+    return torch.device("cuda", local_rank)
 
 
 def sharding_mesh(world: World, sharding_size: int | None) -> DeviceMesh:
