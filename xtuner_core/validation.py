@@ -17,6 +17,7 @@ from xtuner_core.durable import write_bytes
 from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.metrics import ValidationMetrics, clock
 from xtuner_core.parallel.mesh import World, any_rank, sum_over_ranks
+from xtuner_core.parallel.shard import give_back
 from xtuner_core.signals import StopRequest
 
 ROWS = "validation.jsonl"
@@ -128,7 +129,7 @@ def mean_loss(model: PreTrainedModel, dataset: PackedDataset, chunk: int, world:
                 total, learned = total + float(loss), learned + batch.learned
     finally:
         model.train()
-        model.reshard()  # pyright: ignore[reportCallIssue]  # FSDP frees the gathered weights in the backward pass, which never comes
+        give_back(model)
     total, learned = (sum_over_ranks(value, world) for value in (total, learned))
     if not torch.tensor(total).isfinite():
         raise DataError("the validation loss is not finite; the weights have diverged: lower train.lr or train.max_grad_norm.")

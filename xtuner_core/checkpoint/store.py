@@ -11,6 +11,7 @@ import json
 import struct
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from xtuner_core.digest import sha256
 from xtuner_core.durable import publish, remove, write_json
 from xtuner_core.errors import DataError, RecipeError, StorageError, from_os_error
 from xtuner_core.parallel.mesh import World
@@ -44,7 +46,8 @@ def save(
     draft = folder.with_name(f".{folder.name}.draft")
 
     def begin() -> None:
-        remove(draft)
+        for abandoned in folder.parent.glob(".*.draft"):  # of runs that were killed; only one is written at a time
+            remove(abandoned)
         draft.mkdir(parents=True)
 
     def finish() -> None:
@@ -188,11 +191,10 @@ def _digest(told: dict[str, Any]) -> str:
 
 
 def _digests(folder: Path) -> dict[str, str]:
-    digests = {}
-    for path in sorted((folder / "tensors").iterdir()):
-        with open(path, "rb") as handle:
-            digests[path.name] = hashlib.file_digest(handle, "sha256").hexdigest()
-    return digests
+    """sha256 of every tensor file; several at once, for hashing lets other threads run."""
+    files = sorted((folder / "tensors").iterdir())
+    with ThreadPoolExecutor(min(8, len(files)) or 1) as threads:
+        return dict(zip([file.name for file in files], threads.map(sha256, files), strict=True))
 
 
 def load_whole(folder: Path) -> dict[str, torch.Tensor]:

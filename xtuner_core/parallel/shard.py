@@ -39,7 +39,7 @@ def shard(model: PreTrainedModel, world: World, train: TrainConfig) -> None:
         "mp_policy": MixedPrecisionPolicy(param_dtype=COMPUTE[train.dtype], reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if train.fsdp.cpu_offload else OffloadPolicy(),
     }
-    if not train.fsdp.cpu_offload or getattr(model, "is_quantized", False):  # a 4-bit weight's constants lie beside it and must follow
+    if whole or getattr(model, "is_quantized", False):  # FSDP moves what it shards, but not a 4-bit weight's constants beside it
         model.to(world.device)  # pyright: ignore[reportArgumentType]
     if not whole:
         _shard_layers(decoder_layers(model), train.fsdp.reshard_after_forward, **policies)
@@ -47,6 +47,13 @@ def shard(model: PreTrainedModel, world: World, train: TrainConfig) -> None:
     fully_shard(model, reshard_after_forward=False, ignored_params=frozen, **policies)
     model.packed_loss = types.MethodType(packed_loss, model)  # pyright: ignore[reportArgumentType]
     register_fsdp_forward_method(model, "packed_loss")
+
+
+def give_back(model: PreTrainedModel) -> None:
+    """Free the weights that forward passes have gathered, where no backward pass follows that would: only then are parameters shards."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def _shard_layers(layers: list[torch.nn.Module], reshard: bool, **policies: object) -> None:

@@ -73,7 +73,8 @@ def test_every_tensor_comes_back(work_dir: Path) -> None:
 
 
 def test_old_checkpoints_go_drafts_do_not_count_and_saving_again_replaces(work_dir: Path, world: World) -> None:
-    (work_dir / "checkpoints" / ".step-12.draft" / "tensors").mkdir(parents=True)
+    for step in (7, 12):
+        (work_dir / "checkpoints" / f".step-{step}.draft" / "tensors").mkdir(parents=True)
     store.keep(work_dir, 12, 2, None)
     names = ["step-10", "step-11"]
     assert sorted(path.name for path in (work_dir / "checkpoints").glob("step-*")) == names
@@ -81,6 +82,7 @@ def test_old_checkpoints_go_drafts_do_not_count_and_saving_again_replaces(work_d
     store.save(work_dir / "checkpoints" / "step-12", {"model.a": torch.ones(1)}, {"step": 12}, world)
     assert list(store.load_whole(work_dir / "checkpoints" / "step-12")) == ["model.a"]
     assert store.newest(work_dir / "checkpoints") is None
+    assert not list((work_dir / "checkpoints").glob(".*"))
 
 
 def test_equal_tensors_are_equal_bytes(tmp_path: Path, world: World) -> None:
