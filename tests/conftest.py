@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +18,9 @@ from pipelines.recipe import PROJECT, load_recipe
 from pipelines.stage import Work
 
 TEST_STORE = PROJECT / ".environments" / "test-store"
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background of a shell script, and so its children
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How fast examples come is a matter of what else the machine does, not of the code.
 settings.register_profile("busy machine", deadline=None, suppress_health_check=[HealthCheck.too_slow])
