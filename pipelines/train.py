@@ -12,10 +12,10 @@ from typing import Any
 from pipelines import launchers
 from pipelines.pictures import loss_curve
 from pipelines.processes import child, follow, tail
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, resolve_path
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core import registry
-from xtuner_core.config import SftConfig
+from xtuner_core.config import PROMPT_FILES, SftConfig, TrainConfig
 from xtuner_core.digest import library_version
 from xtuner_core.durable import remove, write_json
 from xtuner_core.errors import BUG, UserError, from_exit_code
@@ -36,7 +36,11 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     """
     launcher = registry.find(launchers, recipe.train.launcher)
     config = SftConfig(
-        model_dir=work.inputs["base"] / "model", data_dir=work.inputs["data"], work_dir=work.scratch, seed=recipe.seed, train=recipe.train
+        model_dir=work.inputs["base"] / "model",
+        data_dir=work.inputs["data"],
+        work_dir=work.scratch,
+        seed=recipe.seed,
+        train=with_places(recipe.train),
     )
     config_file = work.record / "config.json"
     write_json(config_file, config.model_dump(mode="json"))
@@ -56,6 +60,12 @@ def run(recipe: Recipe, work: Work) -> Metrics:
         elif (work.scratch / name).exists():
             shutil.copyfile(work.scratch / name, work.record / name)
     return {**_summary(work.record), **_validation(work.record), **_told(work.payload / "checkpoint" / "checkpoint.json")}
+
+
+def with_places(settings: TrainConfig) -> TrainConfig:
+    """The settings with the places of prompt files, which a recipe names as other files; the engine knows its working directory only."""
+    prompts = (str(resolve_path(prompt)) if prompt.endswith(PROMPT_FILES) else prompt for prompt in settings.sample_prompts)
+    return settings.model_copy(update={"sample_prompts": tuple(prompts)})
 
 
 def _relay(line: str, work: Work) -> None:

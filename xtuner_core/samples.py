@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from xtuner_core.config import SftConfig
+from xtuner_core.config import PROMPT_FILES, SftConfig
 from xtuner_core.data import templates
 from xtuner_core.data.conversation import Conversation, Message
 from xtuner_core.data.dataset import PackedDataset
@@ -30,7 +30,6 @@ from xtuner_core.metrics import say
 from xtuner_core.parallel.mesh import World
 
 ROWS = "samples.jsonl"
-FILES = (".txt", ".jsonl")
 ANSWER = Message("assistant", "?", loss=True)
 """Stands where the model will write; what a template puts before it is part of the prompt."""
 
@@ -73,7 +72,7 @@ def read_prompts(config: SftConfig) -> Prompts | None:
 def _asked(prompts: tuple[str, ...]) -> Iterator[tuple[str, tuple[Message, ...]]]:
     """Where each prompt stands, and its messages without an answer at the end."""
     for prompt in prompts:
-        if not prompt.endswith(FILES):
+        if not prompt.endswith(PROMPT_FILES):
             yield repr(prompt), (Message("user", prompt),)
             continue
         for number, line in enumerate(_lines(Path(prompt).expanduser()), 1):
@@ -86,7 +85,7 @@ def _lines(file: Path) -> list[str]:
     try:
         return file.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"train.sample_prompts: {file}: {error}. A prompt that ends in {' or '.join(FILES)} is a file.") from None
+        raise RecipeError(f"train.sample_prompts: {file}: {error}. A prompt that ends in {' or '.join(PROMPT_FILES)} is a file.") from None
 
 
 def _messages(place: str, line: str) -> tuple[Message, ...]:

@@ -6,8 +6,10 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
 from pipelines import train
-from pipelines.recipe import load_recipe
+from pipelines.recipe import PROJECT, load_recipe
 from pipelines.stage import Work
 
 
@@ -31,3 +33,26 @@ def test_steps_that_were_left_out_are_counted_and_their_documents_named(
     told = [line for line in lines if "left out step" in line]
     assert left_out and [int(line.split("left out step ")[1].split(":")[0]) for line in told] == left_out
     assert all("Documents of the step: [" in line for line in told)
+
+
+def test_what_was_watched_is_in_the_record_and_a_loss_that_is_not_finite_is_null(
+    tiny_model_folder: Path, tiny_data: Path, prepare_place: Callable[[], Work]
+) -> None:
+    place = prepare_place()
+    work = Work({"base": tiny_model_folder.parent, "data": tiny_data}, place.payload, place.record, place.scratch, place.cache, print)
+    diverging = ("train.lr=1e18", "train.weight_decay=0", "train.skip_grad_norm_factor=2", "train.total_step=2")
+    watched = ("train.trackers=tensorboard", "train.profile_step=1", 'train.sample_prompts=["Hi, you"]', "train.sample_tokens=2")
+    metrics = train.run(load_recipe("qwen3_tiny_full_openai", (*diverging, *watched)), work)
+    text = (work.record / "metrics.jsonl").read_text()
+    rows = [json.loads(row, parse_constant=lambda name: pytest.fail(f"{name} is no JSON")) for row in text.splitlines()]
+    assert [row["total_loss"] is None for row in rows] == [False, True]
+    assert metrics["first_loss"] == metrics["last_loss"] == rows[0]["total_loss"] and metrics["skipped_steps"] == 1
+    assert list((work.record / "tensorboard").glob("events.*"))
+    assert (work.record / "profile" / "step-1" / "rank-0" / "trace.json.gz").is_file()
+    [sample] = [json.loads(row) for row in (work.record / "samples.jsonl").read_text().splitlines()]
+    assert (sample["step"], sample["messages"], sample["tokens"]) == (2, [{"role": "user", "content": "Hi, you"}], 2)
+
+
+def test_a_prompt_file_is_found_as_other_files_of_a_recipe() -> None:
+    train_config = load_recipe("qwen3_tiny_full_openai", ('train.sample_prompts=["Hi.", "data/rows.jsonl"]',)).train
+    assert train.with_places(train_config).sample_prompts == ("Hi.", str(PROJECT / "data" / "rows.jsonl"))

@@ -1,9 +1,10 @@
-"""Progress in bytes: lines in a log, a bar on a terminal."""
+"""Progress in bytes and in steps: lines in a log, a bar on a terminal."""
 
 from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 
@@ -20,6 +21,19 @@ with progress("tokenizing", 4_000_000, print) as advance:
     for _ in range(4):
         advance(1_000_000)
         time.sleep(0.15)
+"""
+
+
+TRAIN = """
+import time
+from types import SimpleNamespace
+from xtuner_core.progress import training_bar
+
+with training_bar(2, 4) as show:
+    for step in (3, 4):
+        print(f"[XTuner] Step {step}/4 [not markup] " + "x" * 60, flush=True)
+        show(SimpleNamespace(step=step, total_loss=1.5, lr=6e-5, tgs=812.4, mfu=0.432 if step == 4 else None, eta=3725.0))
+        time.sleep(0.2)
 """
 
 
@@ -47,3 +61,24 @@ def test_a_terminal_shows_a_bar_on_stderr_and_stdout_stays_clean() -> None:
     os.close(ours)
     assert done.stdout == b""
     assert "tokenizing" in shown and "MB/s" in shown and "4.0 MB" in shown
+
+
+def test_a_terminal_shows_a_training_s_numbers_below_its_log() -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "TERM": "xterm", "COLUMNS": "120"}
+    subprocess.run([sys.executable, "-c", TRAIN], stdout=theirs, env=environment, check=True, timeout=60)
+    os.close(theirs)
+    shown = os.read(ours, 1 << 20).decode(errors="replace")
+    os.close(ours)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown)
+    assert "3/4" in plain and "4/4" in plain
+    assert "loss 1.500 · lr 6.0e-05 · 812 tok/s · 1:02:05 left" in plain
+    assert "812 tok/s · MFU 43.2% · 1:02:05 left" in plain
+    lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in plain.split("\n")]
+    assert [f"[XTuner] Step {step}/4 [not markup] " + "x" * 60 in lines for step in (3, 4)] == [True, True]
+
+
+def test_a_pipe_gets_the_lines_alone() -> None:
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "TERM": "xterm"}
+    done = subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True, env=environment, check=True, timeout=60)
+    assert done.stdout.splitlines() == [f"[XTuner] Step {step}/4 [not markup] " + "x" * 60 for step in (3, 4)]

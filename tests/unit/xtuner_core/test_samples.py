@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -100,3 +103,26 @@ def test_files_that_cannot_be_used(
         (tmp_path / name).write_text(content)
     with pytest.raises(kind, match=message):
         read_prompts(sft_config(sample_prompts=str(tmp_path / name)))
+
+
+@pytest.mark.slow
+def test_two_processes_give_the_answers_of_one_and_train_as_without(
+    world: World, stop: StopRequest, sft_config: Callable[..., SftConfig], tmp_path: Path
+) -> None:
+    samples = {"sample_prompts": ["What is 2+3?"], "sample_interval": 2, "sample_tokens": 6}
+    works = {name: tmp_path / name for name in ("plain", "sampled", "alone")}
+    for name, work in works.items():
+        work.mkdir()
+        config = sft_config(total_step=3, global_batch_size=2, **({} if name == "plain" else samples)).model_copy(update={"work_dir": work})
+        (work / "config.json").write_text(config.model_dump_json())
+    script = Path(__file__).parent / "adapters" / "train_in_turn.py"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    command += [works[name] / "config.json" for name in ("plain", "sampled")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(trainer.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([str(part) for part in command], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    losses = {name: [row["total_loss"] for row in jsonl(works[name] / "metrics.jsonl")] for name in ("plain", "sampled")}
+    assert losses["plain"] == losses["sampled"]
+    trainer.train(SftConfig.model_validate_json((works["alone"] / "config.json").read_text()), world, stop)
+    assert jsonl(works["sampled"] / "samples.jsonl") == jsonl(works["alone"] / "samples.jsonl")
+    assert [row["step"] for row in jsonl(works["alone"] / "samples.jsonl")] == [2, 3]
