@@ -118,4 +118,4 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {**quantizer, "train": recipe.train.deciding(), "seed": recipe.seed}
 
 
-STAGE = Stage(name="train", version=3, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "numpy"), resumable=True)
+STAGE = Stage(name="train", version=4, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "numpy"), resumable=True)

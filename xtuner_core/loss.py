@@ -1,4 +1,4 @@
-"""Cross-entropy on hidden states: logits exist for a chunk of the learned tokens at a time, never whole."""
+"""The loss of a packed row, and the proof that it is the model's own."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
 from xtuner_core.data.loader import IGNORE, Batch
 from xtuner_core.errors import RecipeError
+from xtuner_core.linear_cross_entropy import chunked_cross_entropy, linear_cross_entropy
 from xtuner_core.models.documents import Documents
 
 _POWERS = {"sample": -1.0, "square": -0.5}
@@ -41,20 +41,26 @@ def packed_loss(model: PreTrainedModel, batch: Batch, chunk: int) -> torch.Tenso
     """
     batch = batch if batch.places is not None else batch.to(batch.labels.device)
     assert batch.places is not None
-    hidden = model.get_decoder()(**_inputs(batch)).last_hidden_state  # [1, T, hidden]
-    weights = None if batch.weights is None else batch.weights[0, batch.places]
-    return chunked_cross_entropy(hidden[0, batch.places], _logits(model), batch.labels[0, batch.places], chunk, weights)
+    hidden = model.get_decoder()(**_inputs(batch)).last_hidden_state[0, batch.places]  # [learned, hidden]
+    labels, weights = batch.labels[0, batch.places], None if batch.weights is None else batch.weights[0, batch.places]
+    matrix = _matrix(model, hidden)
+    if matrix is None:
+        return chunked_cross_entropy(hidden, _logits(model), labels, chunk, weights)
+    return linear_cross_entropy(hidden, matrix, labels, chunk, weights)
+
+
+def _matrix(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor | None:
+    """The head's weight, if logits are nothing but its product with the hidden states."""
+    head = model.get_output_embeddings()
+    if type(head) is not torch.nn.Linear or head.bias is not None or _scale_and_cap(model) != (1.0, None):
+        return None
+    return None if torch.is_autocast_enabled(hidden.device.type) else head.weight
 
 
 def _logits(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
-    """The head, and what the model does to its output afterwards: scale it (Cohere, Granite), cap it by tanh (Gemma 2); fp32.
-
-    By the names of the config, which families share; `require_packable` proves that they mean the same here, and nothing else happens.
-    """
+    """The head, and what the model does to its output afterwards: scale it (Cohere, Granite), cap it by tanh (Gemma 2); fp32."""
     head = cast(torch.nn.Module, model.get_output_embeddings())
-    config = model.config.get_text_config()
-    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
-    cap: float | None = getattr(config, "final_logit_softcapping", None)
+    scale, cap = _scale_and_cap(model)
 
     def logits(hidden: torch.Tensor) -> torch.Tensor:
         out = head(hidden).float()
@@ -62,6 +68,15 @@ def _logits(model: PreTrainedModel) -> Callable[[torch.Tensor], torch.Tensor]:
         return out if cap is None else cap * torch.tanh(out / cap)
 
     return logits
+
+
+def _scale_and_cap(model: PreTrainedModel) -> tuple[float, float | None]:
+    """By the names of the config, which families share; `require_packable` proves that they mean the same here, and that nothing else
+    happens to the logits.
+    """
+    config = model.config.get_text_config()
+    scale = (getattr(config, "logit_scale", None) or 1.0) / (getattr(config, "logits_scaling", None) or 1.0)
+    return scale, getattr(config, "final_logit_softcapping", None)
 
 
 def _inputs(batch: Batch) -> dict[str, Any]:
@@ -107,32 +122,3 @@ def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether they differ by rounding only, in proportion to the largest value; weights that are not finite are found elsewhere."""
     tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps) * float(expected.float().abs().max())
     return torch.allclose(found.float(), expected.float(), rtol=0, atol=tolerance, equal_nan=True)
-
-
-def chunked_cross_entropy(
-    hidden: torch.Tensor,
-    head: Callable[[torch.Tensor], torch.Tensor],
-    labels: torch.Tensor,
-    chunk: int,
-    weights: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Sum over tokens of -weight · log softmax(head(hidden))[label]; hidden `[N, hidden]`, labels and weights `[N]` → 0-d fp32.
-
-    Each chunk's logits `[chunk, vocabulary]` are recomputed in the backward pass (Chen et al., arXiv:1604.06174).
-    """
-
-    def part(piece: torch.Tensor, target: torch.Tensor, weight: torch.Tensor | None) -> torch.Tensor:
-        logits = head(piece).float()
-        if weight is None:
-            return F.cross_entropy(logits, target, reduction="sum")
-        return F.cross_entropy(logits, target, reduction="none") @ weight
-
-    if 0 < len(labels) <= chunk:
-        return part(hidden, labels, weights)  # the only chunk: its logits may stay until the backward pass, which follows at once
-    if len(labels) == 0:
-        return head(hidden).float().sum()  # zero; the head has a gradient on every rank, or FSDP's exchanges would not match
-    total = torch.zeros((), device=hidden.device)
-    for start in range(0, len(labels), chunk):
-        piece, target, weight = (None if rows is None else rows[start : start + chunk] for rows in (hidden, labels, weights))
-        total = total + checkpoint(part, piece, target, weight, use_reentrant=False)
-    return total.float()

@@ -8,11 +8,14 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from xtuner_core.config import TrainConfig
+from xtuner_core import linear_cross_entropy as module
+from xtuner_core.adapters.lora import add_lora
+from xtuner_core.config import LoraConfig, TrainConfig
 from xtuner_core.data.dataset import PackedDataset
 from xtuner_core.data.loader import IGNORE, Batch, make_batch
 from xtuner_core.errors import RecipeError
-from xtuner_core.loss import chunked_cross_entropy, packed_loss, require_packable
+from xtuner_core.linear_cross_entropy import chunked_cross_entropy, linear_cross_entropy
+from xtuner_core.loss import packed_loss, require_packable, weigh
 from xtuner_core.models import attention
 from xtuner_core.models.load import load_model
 
@@ -103,6 +106,132 @@ def test_logits_exist_for_one_chunk_at_a_time() -> None:
     hidden, head = torch.randn(70, 4, requires_grad=True), Head(4, 9)
     chunked_cross_entropy(hidden, head, torch.zeros(70, dtype=torch.long), 32).backward()
     assert sorted(seen) == [6, 6, 32, 32, 32, 32]  # forward, and again in the backward pass
+
+
+def naive(hidden: torch.Tensor, matrix: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+    return (torch.nn.functional.cross_entropy((hidden @ matrix.T).float(), labels, reduction="none") * weights).sum()
+
+
+@pytest.mark.parametrize("chunk", [1, 32, 100])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_gradients_taken_in_the_forward_pass_are_those_of_autograd(weighted: bool, chunk: int) -> None:
+    torch.manual_seed(0)
+    rows = torch.randn(70, 16), torch.randn(40, 16)
+    labels, weights = torch.randint(40, (70,)), torch.rand(70) if weighted else torch.ones(70)
+    results = []
+    for function in ("naive", "chunked", "linear"):
+        hidden, matrix = (row.clone().requires_grad_() for row in rows)
+        given = weights if weighted else None
+        if function == "naive":
+            loss = naive(hidden, matrix, labels, weights)
+        elif function == "linear":
+            loss = linear_cross_entropy(hidden, matrix, labels, chunk, given)
+        else:
+            loss = chunked_cross_entropy(hidden, lambda piece, matrix=matrix: piece @ matrix.T, labels, chunk, given)
+        (loss * 0.3).backward()
+        results.append({"loss": loss.detach(), "hidden": hidden.grad, "matrix": matrix.grad})
+    assert_close(results[1], results[0], 1e-6)
+    assert_close(results[2], results[0], 1e-6)
+
+
+def test_in_bf16_loss_and_gradients_are_as_exact_as_those_of_autograd() -> None:
+    """Measured against fp32; torch's own F.linear_cross_entropy sums in bf16 and fails this."""
+    torch.manual_seed(0)
+    rows = torch.randn(600, 32).bfloat16(), torch.randn(500, 32).bfloat16()
+    labels, errors = torch.randint(500, (600,)), {}
+    exact = [row.float().requires_grad_() for row in rows]
+    expected = naive(*exact, labels, torch.ones(600))  # pyright: ignore[reportCallIssue]
+    expected.backward()
+    for name in ("autograd", "linear"):
+        leaves = [row.clone().requires_grad_() for row in rows]
+        hidden, matrix = leaves
+        loss = naive(hidden, matrix, labels, torch.ones(600)) if name == "autograd" else linear_cross_entropy(hidden, matrix, labels, 100)
+        loss.backward()
+        grads = [(leaf.grad, one.grad) for leaf, one in zip(leaves, exact, strict=True)]
+        errors[name] = [float((leaf.float() - one).norm() / one.norm()) for leaf, one in grads if leaf is not None and one is not None]
+        errors[name].append(abs(float(loss.detach()) / float(expected.detach()) - 1))
+    assert errors["linear"][0] <= 1.1 * errors["autograd"][0] and errors["linear"][2] < 1e-4
+    assert errors["linear"][1] <= 2 * errors["autograd"][1]  # six chunks, each added in bf16
+
+
+def test_a_frozen_head_gets_no_gradient_and_none_is_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, matrix = torch.randn(70, 4, requires_grad=True), torch.randn(9, 4)
+    labels = torch.zeros(70, dtype=torch.long)
+    linear_cross_entropy(hidden, matrix, labels, 32).backward()
+    assert matrix.grad is None and hidden.grad is not None and bool(hidden.grad.any())
+    with torch.no_grad():  # torch.mm is what takes the gradient
+        monkeypatch.setattr(torch, "mm", None)
+        assert linear_cross_entropy(hidden, matrix, labels, 32) == naive(hidden, matrix, labels, torch.ones(70))
+
+
+def test_logits_of_a_plain_head_are_computed_once_a_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    original = module._loss_and_slope
+
+    def watched(logits: torch.Tensor, *rest: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(len(logits))
+        return original(logits, *rest)  # pyright: ignore[reportArgumentType]
+
+    monkeypatch.setattr(module, "_loss_and_slope", watched)
+    hidden, matrix = torch.randn(70, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    linear_cross_entropy(hidden, matrix, torch.zeros(70, dtype=torch.long), 32).backward()
+    assert seen == [32, 32, 6]
+
+
+def test_no_learned_token_means_zero_gradients_of_a_plain_head() -> None:
+    hidden, matrix = torch.randn(0, 4, requires_grad=True), torch.randn(9, 4, requires_grad=True)
+    loss = linear_cross_entropy(hidden, matrix, torch.zeros(0, dtype=torch.long), 32)
+    loss.backward()
+    assert loss == 0 and matrix.grad is not None and not matrix.grad.any()
+
+
+POWER = {"token": 0.0, "sample": -1.0, "square": -0.5}
+
+
+@pytest.mark.parametrize("reduction", POWER)
+def test_reductions_equal_their_definition_on_the_documents_alone(
+    reduction: str, tiny_model_folder: Path, model: PreTrainedModel, dataset: PackedDataset
+) -> None:
+    """Two packs as two micro-batches against one mean over all documents: the split into packs does not matter."""
+    batches = [weigh(make_batch(dataset, pack), reduction) for pack in (0, 1)]
+    ours = sum((packed_loss(model, batch, chunk=64) for batch in batches), torch.zeros(())) / sum(batch.weight for batch in batches)
+    ours.backward()
+    own = AutoModelForCausalLM.from_pretrained(tiny_model_folder, dtype=torch.float32, attn_implementation="eager")
+    total, weight = torch.zeros(()), 0.0
+    for number in (number for batch in batches for number in batch.documents):
+        document = dataset.document(number)
+        ids = torch.from_numpy(document.ids.astype("int64"))[None]
+        count = int(document.loss[1:].sum())  # what comes first is not predicted
+        one = count ** POWER[reduction]
+        mean = own(input_ids=ids, labels=ids.masked_fill(~torch.from_numpy(document.loss)[None], IGNORE)).loss
+        total, weight = total + mean * count * one, weight + count * one
+    (total / weight).backward()
+    assert ours.item() == pytest.approx(float(total / weight), rel=1e-5)
+    assert_close(gradients(model), gradients(own), 2e-5)
+
+
+def test_the_reductions_differ(model: PreTrainedModel, dataset: PackedDataset) -> None:
+    batches = [weigh(make_batch(dataset, 0), reduction) for reduction in POWER]
+    losses = {round(float(packed_loss(model, batch, 64)) / batch.weight, 6) for batch in batches}
+    assert len(losses) == 3 and batches[1].weight == pytest.approx(len(batches[1].documents))
+
+
+def test_a_document_without_labels_has_no_weight(dataset: PackedDataset) -> None:
+    batch = make_batch(dataset, 0)
+    start, end = batch.boundaries[:2].tolist()
+    batch.labels[0, start:end] = IGNORE
+    assert weigh(batch, "sample").weight == pytest.approx(len(batch.documents) - 1)
+
+
+def test_a_head_with_an_adapter_is_called_and_learns(tiny_model_folder: Path, dataset: PackedDataset) -> None:
+    lora = TrainConfig(dtype="fp32", method="lora", lora=LoraConfig(targets=("lm_head",)))
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.from_pretrained(tiny_model_folder, tie_word_embeddings=False), attn_implementation=attention.register()
+    )
+    add_lora(model, lora.lora, 0)
+    packed_loss(model, make_batch(dataset, 0), 64).backward()
+    found = gradients(model)
+    assert len(found) == 2 and bool(found["lm_head.lora_B.default.weight"].any())
 
 
 TINY = {
