@@ -50,6 +50,7 @@ def rehearse(model: PreTrainedModel, optimizer: Optimizer, dataset: PackedDatase
     used, _ = memory(world.device)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()  # blocks of odd sizes; the steps make their own
+        torch.cuda.reset_peak_memory_stats(world.device)  # the log tells of steps
     say(world.rank, f"dry run of the largest packs: {used:.2f} GB at most, {clock() - started:.1f} s")
 
 

@@ -111,11 +111,11 @@ def require_room(config: dict[str, Any], tokenizer: Path) -> None:
     """Refuse a tokenizer that writes ids the model has no embedding for."""
     from xtuner_core.data.tokenize import load_tokenizer
 
-    size, room = load_tokenizer(tokenizer).vocab_size, config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
+    size, room = len(load_tokenizer(tokenizer).is_special), config.get("vocab_size") or config.get("text_config", {}).get("vocab_size")
     if isinstance(room, int) and size > room:
         raise RecipeError(
-            f"{tokenizer}: the tokenizer has {size} ids, the model's vocab_size is {room}: ids beyond it have no embedding. "
-            "Give the tokenizer that belongs to the model, or a config with a larger vocab_size."
+            f"{tokenizer}: the tokenizer has {size} ids (up to {size - 1}), the model's vocab_size is {room}: ids beyond it have no "
+            "embedding. Give the tokenizer that belongs to the model, or a config with a larger vocab_size."
         )
 
 

@@ -106,6 +106,12 @@ def truncate(folder: Path) -> None:
     os.truncate(folder / SINGLE, (folder / SINGLE).stat().st_size - 1000)
 
 
+def add_token(folder: Path, number: int) -> None:
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    tokenizer["added_tokens"].append({**tokenizer["added_tokens"][0], "id": number, "content": "<|far|>"})
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
 def spoil(name: str, value: float) -> Callable[[Path], None]:
     def change(tensors: dict[str, torch.Tensor]) -> None:
         tensors[name].view(-1)[-1] = value
@@ -147,8 +153,9 @@ BAD: dict[str, tuple[Callable[[Path], object], int, str]] = {
             rewrite(folder, lambda held: held.update({"model.embed_tokens.weight": held["model.embed_tokens.weight"][:100].clone()})),
         ),
         78,
-        "ids, the model's vocab_size is 100",
+        "has 261 ids (up to 260), the model's vocab_size is 100",
     ),
+    "a token far out": (lambda folder: add_token(folder, 5000), 78, "has 5001 ids (up to 5000), the model's vocab_size is 264"),
     "an unknown architecture": (lambda folder: set_config(folder, model_type="nobody"), 78, "transformers cannot load this model"),
 }  # fmt: skip
 

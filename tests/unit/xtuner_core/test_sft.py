@@ -225,7 +225,7 @@ def test_a_signal_while_preparing_is_an_interruption(
         (
             ("--model-cfg", "{place}/small.json", "--tokenizer-path", "{tiny}"),
             78,
-            "the tokenizer has 261 ids, the model's vocab_size is 100",
+            "the tokenizer has 261 ids (up to 260), the model's vocab_size is 100",
         ),
         (("--model-cfg", "{place}/strange.json"), 78, "transformers cannot build such a model"),
         (("--model-cfg", "qwen3-tiny", "--method", "magic"), 78, "'magic' is not one of the adapters: full, lora"),
