@@ -16,6 +16,7 @@ from pipelines.recipe import Recipe, resolve_path
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core import registry
 from xtuner_core.config import PROMPT_FILES, SftConfig, TrainConfig
+from xtuner_core.determinism import switches
 from xtuner_core.digest import library_version
 from xtuner_core.durable import remove, write_json
 from xtuner_core.errors import BUG, UserError, from_exit_code
@@ -115,7 +116,7 @@ def _told(facts: Path) -> Metrics:
 def _settings(recipe: Recipe) -> dict[str, Any]:
     # The quantized base is not in the checkpoint, but what it was rounded to decides what the adapter learns.
     quantizer = {"bitsandbytes": library_version("bitsandbytes")} if recipe.train.method == "qlora" else {}
-    return {**quantizer, "train": recipe.train.deciding(), "seed": recipe.seed}
+    return {**quantizer, **switches().facts(), "train": recipe.train.deciding(), "seed": recipe.seed}
 
 
 STAGE = Stage(name="train", version=4, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "numpy"), resumable=True)

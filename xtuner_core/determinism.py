@@ -30,6 +30,10 @@ class Switches:
         """The switches that are on, by the name of their variable; nothing by default."""
         return {name: True for name, on in ((DETERMINISTIC, self.deterministic), (USE_FA3, self.use_fa3)) if on}
 
+    def described(self) -> str:
+        """For the log."""
+        return ", ".join(f"{name} {'on' if name in self.facts() else 'off'}" for name in (DETERMINISTIC, USE_FA3))
+
 
 def read(environment: Mapping[str, str]) -> Switches:
     """The switches of an environment: 1, true, yes or on against 0, false, no, off or nothing, in any case.

@@ -10,9 +10,10 @@ import sys
 from contextlib import ExitStack
 from pathlib import Path
 
-from xtuner_core import run_record
+from xtuner_core import determinism, run_record
 from xtuner_core.arguments import Arguments, parse
 from xtuner_core.config import SftConfig
+from xtuner_core.determinism import switches
 from xtuner_core.durable import write_json
 from xtuner_core.errors import Interrupted, RecipeError, UserError, from_os_error
 from xtuner_core.run_config import RunConfig, is_prepared, merge, prepared_run, read_tree, whole_run
@@ -46,10 +47,14 @@ def run(config: SftConfig, stop: StopRequest) -> None:
     """Join the other ranks and train."""
     with stop.at_once("the libraries were loaded"):
         from xtuner_core.dry_run import out_of_memory_told
+        from xtuner_core.metrics import say
+        from xtuner_core.models.attention_kernels import described
         from xtuner_core.parallel.mesh import join_world
         from xtuner_core.trainer import train
 
+    determinism.apply(switches())
     with join_world() as world, out_of_memory_told(config, world):
+        say(world.rank, f"environment: {switches().described()}; attention: {described(switches().use_fa3, world.device)}")
         train(config, world, stop)
 
 
@@ -106,6 +111,7 @@ def main(arguments: list[str] | None = None) -> int:
         with ExitStack() as files:
             with stop.at_once("the settings were read"):
                 config = asked(parse(sys.argv[1:] if arguments is None else arguments))
+                switches()  # a mistake there is told before anything is prepared
                 if "LOCAL_RANK" in os.environ:
                     die_with_parent()
             if isinstance(config, SftConfig):

@@ -23,6 +23,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
+from xtuner_core.determinism import switches
 from xtuner_core.digest import sha256
 from xtuner_core.durable import publish, remove, write_json
 from xtuner_core.errors import DataError, RecipeError, StorageError, from_os_error
@@ -53,7 +54,7 @@ def save(
     def finish() -> None:
         for path in (draft / "tensors").iterdir():
             _sort_header(path)
-        told = {**facts, "world_size": world.size, "files": _digests(draft)}
+        told = {**facts, **switches().facts(), "world_size": world.size, "files": _digests(draft)}
         write_json(draft / FACTS, {**told, "sha256": _digest(told)})
         remove(folder)
         publish(draft, folder)

@@ -20,6 +20,8 @@ from xtuner_core.models.documents import Varlen
 
 Kernel = Callable[[torch.Tensor, torch.Tensor, torch.Tensor, Varlen, float, int | None], torch.Tensor]
 FA3, FA2, TORCH = "flash-attn 3", "flash-attn 2", "torch varlen"
+AMPERE, HOPPER = 8, 9
+"""Major compute capability."""
 WIDEST = 256
 """Elements of a head that the kernels can take."""
 
@@ -41,12 +43,24 @@ def choose_kernel(
     FlashAttention 3 (arXiv:2407.08608) is for Hopper and only taken if asked for, then FlashAttention 2 (arXiv:2307.08691) as its own
     package and as torch has it; both begin with Ampere. All compute in 16 bits, with heads of a multiple of 8 up to 256 elements.
     """
-    fits = dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and value_width <= width <= WIDEST
-    if capability is None or capability < (8, 0) or not (plain and fits):
+    if capability is None:
         return None
-    hopper = capability[0] == 9
-    order = [FA3, FA2, TORCH] if use_fa3 and hopper else [FA2, TORCH]
-    return next((available[name] for name in order if name in available), None)
+    fits = dtype in (torch.bfloat16, torch.float16) and width % 8 == 0 and value_width <= width <= WIDEST
+    names = usable(available, use_fa3, capability) if plain and fits else []
+    return available[names[0]] if names else None
+
+
+def usable(available: Mapping[str, Kernel], use_fa3: bool, capability: tuple[int, int]) -> list[str]:
+    """The names of the kernels that this GPU can run, first choice first."""
+    order = ([FA3] if use_fa3 and capability[0] == HOPPER else []) + ([FA2, TORCH] if capability[0] >= AMPERE else [])
+    return [name for name in order if name in available]
+
+
+def described(use_fa3: bool, device: torch.device) -> str:
+    """For the log: what layers are computed by on this device, if it can do what they ask."""
+    of_device = capability(device)
+    names = usable(available(), use_fa3, of_device) if of_device else []
+    return f"{names[0]}, else documents in groups" if names else "documents in groups"
 
 
 @lru_cache(1)

@@ -43,6 +43,14 @@ def test_a_layer_gets_the_first_kernel_that_can_do_it(said: dict[str, Any], kern
     assert choose_kernel(**{**LAYER, **said}) == kernel
 
 
+def test_the_log_tells_the_first_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert attention_kernels.described(True, CPU) == "documents in groups"
+    monkeypatch.setattr(attention_kernels, "capability", lambda device: (9, 0))
+    monkeypatch.setattr(attention_kernels, "available", lambda: ALL)
+    assert attention_kernels.described(True, CPU) == "flash-attn 3, else documents in groups"
+    assert attention_kernels.described(False, CPU) == "flash-attn 2, else documents in groups"
+
+
 def test_torch_has_its_own_kernel() -> None:
     assert TORCH in available()
 
