@@ -51,7 +51,8 @@ def train(config: SftConfig, world: World, stop: StopRequest) -> None:
         rehearse(model, optimizer, dataset, config, world)
 
     def load(step: int) -> list[Batch]:
-        return load_step(dataset, step, config.train.global_batch_size, config.seed, world.rank, world.size)
+        batches = load_step(dataset, step, config.train.global_batch_size, config.seed, world.rank, world.size)
+        return [weigh(batch, config.train.loss_reduction) for batch in batches]
 
     with (
         Saver(config, model, optimizer, at, world) as saver,
@@ -120,13 +121,12 @@ def finish(config: SftConfig, model: PreTrainedModel, at: Position, world: World
 def train_step(
     model: PreTrainedModel, optimizer: Optimizer, batches: list[Batch], config: SftConfig, world: World, history: History, step: int
 ) -> tuple[float, float, History]:
-    """One optimizer update, if its numbers are good; returns the mean loss over all ranks as `train.loss_reduction` weighs it, the
+    """One optimizer update, if its numbers are good; returns the mean loss over all ranks as the batches weigh it, the
     gradient norm before clipping, and the history with this step.
 
     The loss is divided by the weight of all learned tokens of the step, so it and its gradient do not depend on how packs are dealt to
     ranks and micro-batches. FSDP averages gradients over ranks, hence the factor `world.size`.
     """
-    batches = [weigh(batch, config.train.loss_reduction) for batch in batches]
     weight = sum_over_ranks(sum(batch.weight for batch in batches), world)
     total = torch.zeros((), device=world.device)
     for batch in batches:
