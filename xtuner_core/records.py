@@ -61,10 +61,10 @@ def open_records(config: SftConfig, first: int, total: int, dataset: PackedDatas
     trackers.require_installed(config.train.trackers)
     file, peak = config.work_dir / STEPS, peak_of(world.device, config.train)
     best = None if peak is None else (costs_of(config.model_dir, config.train), peak)
-    run = RunClock(first, total, _consumed(file, first) * world.size, dataset.description["pack_length"], world, best)
     with ExitStack() as places:
         tracked = {name: opened for name in config.train.trackers if world.rank == 0 and (opened := _open(name, config, first, places))}
         show = places.enter_context(training_bar(first, total)) if world.rank == 0 else _show_nothing
+        run = RunClock(first, total, _consumed(file, first) * world.size, dataset.description["pack_length"], world, best)
         yield Records(file, run, tracked, show, world.rank)
 
 

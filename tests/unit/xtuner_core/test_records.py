@@ -16,9 +16,12 @@ import pytest
 from xtuner_core import trackers, trainer
 from xtuner_core.checkpoint import store
 from xtuner_core.config import SftConfig, TrainConfig
+from xtuner_core.data.dataset import PackedDataset
 from xtuner_core.errors import RecipeError
+from xtuner_core.metrics import ValidationMetrics
 from xtuner_core.parallel.mesh import World
 from xtuner_core.preparation import require_known_words
+from xtuner_core.records import open_records
 from xtuner_core.run_config import RunConfig
 from xtuner_core.signals import StopRequest
 
@@ -99,6 +102,20 @@ def test_tensorboard_shows_each_step_once_after_a_resumption(
     assert [one.value for one in losses] == pytest.approx([told[step] for step in (1, 2, 3, 4)])
     assert {"lr", "time/step_time", "runtime_info/tgs", "memory/max_memory_GB"} <= set(events.Tags()["scalars"])
     assert len(rows(tmp_path)) == 6 and rows(tmp_path)[-1]["consumed_tokens"] == sum(row["text_tokens"] for row in rows(tmp_path)[:4])
+
+
+def test_a_measurement_is_a_line_and_a_tracker_s(
+    world: World, sft_config: Callable[..., SftConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorboard")
+    config = sft_config(trackers="tensorboard")
+    with open_records(config, 4, 9, PackedDataset(config.data_dir), world) as records:
+        records.validation(ValidationMetrics(step=4, validation_loss=2.0, learned_tokens=30, time=0.5))
+    assert re.fullmatch(LOG_LINE + r"Validation step 4 loss: 2\.000 perplexity: 7\.389\n", capsys.readouterr().out)
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    [event] = EventAccumulator(str(tmp_path / "tensorboard")).Reload().Scalars("loss/validation_loss")
+    assert (event.step, event.value) == (4, 2.0)
 
 
 def test_a_tracker_that_fails_does_not_end_the_run(
