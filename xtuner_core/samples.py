@@ -28,6 +28,7 @@ from xtuner_core.durable import write_bytes
 from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.metrics import say
 from xtuner_core.parallel.mesh import World
+from xtuner_core.parallel.shard import give_back
 
 ROWS = "samples.jsonl"
 ANSWER = Message("assistant", "?", loss=True)
@@ -136,7 +137,7 @@ def _speaking(model: PreTrainedModel, compiled: bool) -> Iterator[None]:
     finally:
         model.set_attn_implementation(before)
         model.train()
-        model.reshard()  # pyright: ignore[reportCallIssue]  # FSDP frees the gathered weights in the backward pass, which never comes
+        give_back(model)
 
 
 def _attend(model: PreTrainedModel) -> None:
