@@ -195,11 +195,16 @@ class TrainConfig(Config):
         default=32, ge=1, description="Steps whose gradient norms make the median; until there are so many, only finiteness counts."
     )
     max_skipped_steps: int = Field(default=8, ge=1, description="Steps left out in a row at which the run ends with an error.")
-    dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="Precision of the computation; trained weights are kept in fp32.")
+    dtype: Literal["bf16", "fp32"] = Field(default="bf16", description="Precision of the computation.")
     loss_reduction: Literal["token", "sample", "square"] = Field(
         default="token",
         description="What a learned token counts in a step's mean loss: all alike (token), 1/n in a document of n learned ones, so that "
         "documents count alike (sample), or 1/√n (square). The validation loss is always per token.",
+    )
+    weights: Literal["fp32", "bf16"] = Field(
+        default="fp32",
+        description="Precision in which method full keeps the weights between steps; bf16 takes half the memory, for them and their "
+        "gradients, and updates are rounded at random, so that small ones are not lost.",
     )
     loss_chunk: int = Field(default=1024, ge=1, description="Tokens whose logits exist at one time.")
     recompute: Literal["none", "selective", "full"] = Field(
@@ -270,6 +275,8 @@ class TrainConfig(Config):
             raise ValueError("give epochs or total_step, not both")
         if self.global_batch_size % self.processes:
             raise ValueError(f"global_batch_size ({self.global_batch_size}) must be a multiple of processes ({self.processes})")
+        if self.weights == "bf16" and (self.method != "full" or self.dtype != "bf16"):
+            raise ValueError("weights bf16 is for method full with dtype bf16; other methods train adapters, which are small, in fp32")
         if self.freeze and self.method != "full":
             raise ValueError(f"freeze is for method full, and method {self.method} leaves all the model's own weights as they are")
         if self.recompute_ratio < 1 and self.recompute == "none":

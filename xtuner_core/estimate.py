@@ -22,6 +22,8 @@ NF4 = 0.5 + (1 + 4 / 256) / 64
 """Bytes of a 4-bit weight: blocks of 64 with a scale of one byte, whose scales come in blocks of 256 (arXiv:2305.14314)."""
 STATE = {"adamw": 8.0, "adamw_8bit": 2.03, "muon": 4.0}
 """Bytes of optimizer state for each trained weight; an optimizer that is not listed counts as AdamW's two moments."""
+LOGIT = 8
+"""Bytes of a logit, its logarithm of the softmax in fp32, and the gradient made of it (linear_cross_entropy.py)."""
 LIBRARIES = {"cpu": 0.45 * GIB, "cuda": 0.6 * GIB}
 """What a process takes with torch and transformers loaded, or a GPU with its context and the kernels' workspaces."""
 SHORT = 512
@@ -83,12 +85,12 @@ def memory(model: Model, train: TrainConfig, load: Load, device: str = "cpu") ->
     parts = train.fsdp.sharding_size or train.processes
     stays = 0.0 if train.fsdp.cpu_offload and device != "cpu" else 1 / parts  # share of weights, gradients, states on the device
     return Memory(
-        weights=stays * (MASTER * parameters.trained + _frozen_bytes(parameters, train)),
+        weights=stays * (WIDTH[train.weights] * parameters.trained + _frozen_bytes(parameters, train)),
         optimizer=stays * STATE.get(train.optimizer, 8.0) * parameters.trained,
-        gradients=stays * MASTER * parameters.trained * (2 if load.packs > 1 and parts == 1 else 1),
+        gradients=stays * WIDTH[train.weights] * parameters.trained * (2 if load.packs > 1 and parts == 1 else 1),
         gathered=_gathered(parameters, model.widths.layers, train, parts),
         activations=load.tokens * _kept(model.widths, train, load, device),
-        logits=min(load.learned, train.loss_chunk) * model.widths.vocabulary * (2 * WIDTH[train.dtype] + 12),
+        logits=min(load.learned, train.loss_chunk) * model.widths.vocabulary * LOGIT,
         libraries=LIBRARIES[device],
     )
 
@@ -141,8 +143,8 @@ def _products(widths: Widths, train: TrainConfig) -> float:
 
 
 def _scores(widths: Widths, train: TrainConfig, load: Load) -> float:
-    """Attention weights of a short document, in fp32 and in the precision of the computation."""
-    return widths.heads * load.document * (4 + WIDTH[train.dtype]) if load.document <= SHORT else 0.0
+    """Attention weights of short documents, in fp32 and for the product in bf16; padding to the longest of a group nearly doubles them."""
+    return 2 * widths.heads * load.document * (4 if train.dtype == "fp32" else 4 + 2) if load.document <= SHORT else 0.0
 
 
 def steps(train: TrainConfig, packs: int | None) -> int | None:

@@ -122,7 +122,7 @@ def outcome(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [*NAMES, *(name + two_processes.BF16 for name in NAMES)])
 def test_two_processes_update_as_one_and_one_resumes_from_two(name: str, outcome: Path) -> None:
     whole = load_whole(outcome / name / "whole")
     assert {"model.up.weight", "model.norm.bias"} <= whole.keys() and not [key for key in whole if "frozen" in key]

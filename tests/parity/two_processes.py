@@ -2,7 +2,7 @@
 
     two_processes.py FOLDER OPTIMIZER...     run with torchrun's variables
 
-For each optimizer: `FOLDER/NAME/sharded`, `whole` (a model without FSDP, as of one process) and `resumed` (whole, but its first two updates
+For each optimizer, with weights in fp32 and in bf16 (`NAME-bf16`): `FOLDER/NAME/sharded`, `whole` (a model without FSDP, as of one process) and `resumed` (whole, but its first two updates
 come from a checkpoint of the sharded one). `FOLDER/judged-RANK.json`: what each process decides about a step that is an outlier to one.
 """
 
@@ -23,6 +23,7 @@ from xtuner_core.guards import History, judge
 from xtuner_core.optim.optimizer import make_optimizer, set_learning_rate
 from xtuner_core.parallel.mesh import World, join_world
 
+BF16 = "-bf16"
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
 
 
@@ -58,15 +59,17 @@ def gradients(step: int) -> dict[str, torch.Tensor]:
 
 def start(name: str, world: World, sharded: bool) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     """A new model and its optimizer."""
-    model = new_model()
+    optimizer, bf16, _ = name.partition(BF16)
+    model = new_model().bfloat16() if bf16 else new_model()
     if sharded:
         fully_shard(model, mesh=world.mesh)
-    return model, make_optimizer(model, TrainConfig.model_validate({"optimizer": name, **SETTINGS}))
+    weights = {"weights": "bf16" if bf16 else "fp32"}
+    return model, make_optimizer(model, TrainConfig.model_validate({"optimizer": optimizer, **weights, **SETTINGS}))
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, step: int) -> None:
     """One update with the step's gradients."""
-    given = gradients(step)
+    given = {name: gradient.to(next(model.parameters()).dtype) for name, gradient in gradients(step).items()}
     for name, parameter in model.named_parameters():
         if isinstance(parameter, DTensor):
             given[name] = distribute_tensor(given[name], parameter.device_mesh, parameter.placements) if parameter.requires_grad else None
@@ -83,7 +86,7 @@ def tensors_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, world: 
 
 def main(folder: Path, names: list[str]) -> None:
     with join_world() as world:
-        for name in names:
+        for name in [*names, *(name + BF16 for name in names)]:
             sharded, whole, resumed = (start(name, world, sharded) for sharded in (True, False, False))
             for step in (1, 2):
                 train(*sharded, step)

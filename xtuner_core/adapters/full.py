@@ -6,7 +6,6 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xtuner_core.config import TrainConfig
@@ -15,8 +14,8 @@ from xtuner_core.models.precision import COMPUTE
 
 
 def load(model_dir: Path, train: TrainConfig, **options: Any) -> PreTrainedModel:
-    """Trained weights are kept in fp32."""
-    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, **options)
+    """All weights in the precision in which `train.weights` keeps them."""
+    return AutoModelForCausalLM.from_pretrained(model_dir, dtype=COMPUTE[train.weights], **options)
 
 
 def prepare(model: PreTrainedModel, train: TrainConfig, seed: int) -> None:

@@ -1,4 +1,4 @@
-"""The words of `train.dtype`."""
+"""The words of `train.dtype` and `train.weights`."""
 
 from __future__ import annotations
 

@@ -73,11 +73,21 @@ def test_a_stop_before_the_first_step_leaves_no_checkpoint(world: World, stop: S
     assert not (config.work_dir / "checkpoints").exists()
 
 
-@pytest.mark.parametrize(("method", "optimizer"), [("full", "adamw"), ("lora", "adamw"), ("full", "muon"), ("full", "adamw_8bit")])
+VARIANTS = [
+    {"method": "full"},
+    {"method": "lora", "lora": {"dropout": 0.1}},
+    {"optimizer": "muon"},
+    {"optimizer": "adamw_8bit"},
+    {"weights": "bf16"},
+    {"weights": "bf16", "optimizer": "adamw_8bit"},
+]
+
+
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: "-".join(map(str, variant.values())))
 def test_a_stopped_run_ends_with_the_bytes_of_one_that_was_not(
-    method: str, optimizer: str, world: World, stop: StopRequest, sft_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    variant: dict[str, Any], world: World, stop: StopRequest, sft_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = sft_config(method=method, optimizer=optimizer, lora={"dropout": 0.1}, dtype="bf16")
+    config = sft_config(**variant, dtype="bf16")
     trainer.train(config, world, stop)
     expected = store.load_whole(tmp_path / "final")
     shutil.rmtree(tmp_path / "final")

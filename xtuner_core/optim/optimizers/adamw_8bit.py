@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from xtuner_core.config import TrainConfig
 from xtuner_core.optim.optimizers._groups import decay_groups
 from xtuner_core.optim.optimizers._own_rule import OwnRule
+from xtuner_core.optim.optimizers._rounding import in_fp32
 
 BLOCK = 256
 SMALLEST = 4096
@@ -53,12 +54,6 @@ class AdamW8bit(OwnRule):
         for rows in _slices(parameter, gradient, *(state[name] for name in names)):
             _update_rows(*rows, step=state["step"].item(), group=group)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Loading makes the state what the parameter is, floating point; these are codes."""
-        super().__setstate__(state)
-        for one in self.state.values():
-            one |= {name: value.to(torch.uint8) for name, value in one.items() if name.endswith("_codes")}
-
 
 def _zero_scales(parameter: torch.Tensor) -> torch.Tensor:
     """fp32 `[rows, blocks]`, sharded as the parameter."""
@@ -82,11 +77,13 @@ def _update_rows(
 ) -> None:  # fmt: skip
     rate, (beta1, beta2) = group["lr"], group["betas"]
     moment = dequantize(codes, scales, signed=True).lerp_(gradient.float(), 1 - beta1)
-    second = dequantize(root_codes, root_scales, signed=False).square_().mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+    exact = gradient.float()
+    second = dequantize(root_codes, root_scales, signed=False).square_().mul_(beta2).addcmul_(exact, exact, value=1 - beta2)
     root = second.sqrt_()
-    parameter.mul_(1 - rate * group["weight_decay"])
     corrected = (root / (1 - beta2**step) ** 0.5).add_(group["eps"])
-    parameter.addcdiv_(moment, corrected, value=-rate / (1 - beta1**step))
+    with in_fp32(parameter, gradient) as weights:
+        weights.mul_(1 - rate * group["weight_decay"])
+        weights.addcdiv_(moment, corrected, value=-rate / (1 - beta1**step))
     for (into, its_scales), values, signed in (((codes, scales), moment, True), ((root_codes, root_scales), root, False)):
         for place, new in zip((into, its_scales), quantize(values, signed), strict=True):
             place.copy_(new)

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from xtuner_core.config import TrainConfig
 from xtuner_core.optim.optimizers._groups import decay_groups
 from xtuner_core.optim.optimizers._own_rule import OwnRule
+from xtuner_core.optim.optimizers._rounding import in_fp32
 
 MOMENTUM = 0.95
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -57,11 +58,12 @@ def update(
 ) -> None:
     """Change one matrix `[out, in]`, or a stack of them `[..., out, in]`, and its momentum in place; sharded or not."""
     if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(gradient)
-    momentum = state["momentum_buffer"].lerp_(gradient, 1 - MOMENTUM)
-    direction = _direction(gradient.lerp(momentum, MOMENTUM))  # Nesterov's look ahead
-    parameter.mul_(1 - learning_rate * weight_decay)
-    parameter.add_(direction, alpha=-learning_rate * RMS_OF_ADAMW * max(parameter.shape[-2:]) ** 0.5)
+        state["momentum_buffer"] = torch.zeros_like(gradient, dtype=torch.float32)
+    momentum = state["momentum_buffer"].lerp_(gradient.float(), 1 - MOMENTUM)
+    direction = _direction(gradient.float().lerp(momentum, MOMENTUM))  # Nesterov's look ahead
+    with in_fp32(parameter, gradient) as weights:
+        weights.mul_(1 - learning_rate * weight_decay)
+        weights.add_(direction, alpha=-learning_rate * RMS_OF_ADAMW * max(parameter.shape[-2:]) ** 0.5)
 
 
 def _direction(matrix: torch.Tensor) -> torch.Tensor:
