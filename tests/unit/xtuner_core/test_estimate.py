@@ -108,7 +108,7 @@ def test_optimizer_states_are_as_large_as_said(name: str) -> None:
         ({"activation_offload": True}, {}),
         ({"optimizer": "adamw_8bit"}, {"optimizer": "muon"}),
         ({"optimizer": "muon"}, {}),
-        ({"loss_chunk": 128}, {}),
+        ({"method": "lora", "loss_chunk": 128}, {"method": "lora"}),
         ({"method": "lora"}, {}),
         ({"method": "qlora"}, {"method": "lora"}),
         ({"freeze": ["model.layers.*"]}, {}),
