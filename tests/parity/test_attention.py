@@ -135,6 +135,26 @@ def test_a_shared_beginning_stands_for_that_of_every_document(name: str, short: 
         assert difference(found.grad, expected.grad) <= 2 * TOLERANCE, parameter
 
 
+def test_gradients_are_the_same_bits_each_time_on_two_threads() -> None:
+    """Those of a shared beginning are sums over documents; atomic additions would add in another order each time."""
+    torch.manual_seed(0)
+    rows = [torch.randn(1, heads, 500, 64) for heads in (9, 3, 3)]
+    known, threads = documents([50] * 8, 100), torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        found = [gradients_of(rows, known) for _ in range(5)]
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(one, other) for again in found[1:] for one, other in zip(found[0], again, strict=True))
+
+
+def gradients_of(rows: list[torch.Tensor], known: Documents) -> list[torch.Tensor]:
+    leaves = [row.clone().requires_grad_() for row in rows]
+    query, key, value = leaves
+    out, _ = attention.document_attention(torch.nn.Identity(), query, key, value, None, documents=known)
+    return list(torch.autograd.grad(out.square().sum(), leaves))
+
+
 def test_the_window_matters_at_these_lengths() -> None:
     ids = torch.arange(64)[None]
     _, windowed = models("mistral")

@@ -89,7 +89,7 @@ def _by_kernel(
     if width < query.shape[-1]:
         value = F.pad(value, (0, query.shape[-1] - width))
     if places.keys is not None:
-        key, value = key.index_select(0, places.keys), value.index_select(0, places.keys)
+        key, value = _take(key, places.keys), _take(value, places.keys)
     return kernel(query, key, value, places, rule.scale, rule.window)[..., :width]
 
 
@@ -102,10 +102,21 @@ def _by_groups(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, docu
     """
     out = torch.empty(len(query), query.shape[1], value.shape[-1], dtype=query.dtype, device=query.device)
     for group in groups(documents, query.device):
-        grouped_query, grouped_key, grouped_value = (row[group.places].transpose(1, 2) for row in (query, key, value))  # [N, heads, L, D]
+        grouped_query, grouped_key, grouped_value = (
+            _take(row, group.places).transpose(1, 2) for row in (query, key, value)
+        )  # [N, heads, L, D]
         result = _causal(grouped_query, grouped_key, grouped_value, rule).transpose(1, 2)  # [N, L, H, D]
-        out = out.index_put((group.rows,), result.flatten(0, 1)[group.own])
+        out = out.index_put((group.rows,), _take(result.flatten(0, 1), group.own))
     return out
+
+
+def _take(rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """rows `[T, heads, D]` at places `[...]` → `[..., heads, D]`.
+
+    As an embedding, whose backward pass adds up what belongs to one row in order; that of indexing adds fp32 by atomic operations as
+    soon as there are two threads, so that the same run would give other bits each time.
+    """
+    return F.embedding(places, rows.flatten(1)).unflatten(-1, rows.shape[1:])
 
 
 def _require_causal(module: torch.nn.Module, mask: torch.Tensor | None, more: dict[str, Any]) -> None:
