@@ -14,7 +14,9 @@ from xtuner_core.config import TrainConfig
 from xtuner_core.errors import RecipeError
 from xtuner_core.models.precision import COMPUTE
 
-__all__ = ["load", "prepare", "save_adapter"]
+__all__ = ["READ_BY_ALL", "load", "prepare", "save_adapter"]
+READ_BY_ALL = True
+"""Weights are quantized as they are read, which leaves a quarter of them; their constants are no parameters that could be spread."""
 
 
 def load(model_dir: Path, train: TrainConfig, **options: Any) -> PreTrainedModel:
