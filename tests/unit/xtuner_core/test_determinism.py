@@ -81,6 +81,7 @@ def settings(tmp_path: Path, name: str, model: Path, data: Path) -> Path:
     return file
 
 
+@pytest.mark.slow
 def test_two_deterministic_runs_on_two_threads_give_the_same_bytes(tmp_path: Path, tiny_model_folder: Path, tiny_data: Path) -> None:
     weights = []
     for name in ("one", "other"):
