@@ -114,7 +114,7 @@ def answer(model: PreTrainedModel, prompts: Prompts | None, step: int, last: boo
     if prompts is None or not (last or (every and step and step % every == 0)):
         return
     rows = []
-    with _speaking(model, config.train.compile):
+    with speaking(model, config.train.compile):
         for asked, ids in zip(prompts.asked, prompts.ids, strict=True):
             found = greedy(model, ids, config.train.sample_tokens, prompts.ends, world.device)
             text = _text(prompts.tokenizer, [number for number in found if number not in prompts.ends])
@@ -126,7 +126,7 @@ def answer(model: PreTrainedModel, prompts: Prompts | None, step: int, last: boo
 
 
 @contextmanager
-def _speaking(model: PreTrainedModel, compiled: bool) -> Iterator[None]:
+def speaking(model: PreTrainedModel, compiled: bool) -> Iterator[None]:
     """The model in evaluation mode, with attention that knows a cache; and back. Lengths that grow are not worth compiling for."""
     before = str(model.config._attn_implementation)
     model.eval()

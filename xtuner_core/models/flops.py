@@ -64,10 +64,10 @@ def costs_of(model_dir: Path, train: TrainConfig) -> Costs:
 def matmul_sizes(model: torch.nn.Module, active_share: float) -> dict[str, float]:
     """Weights by name that a token is multiplied with; a stack of experts `[experts, …]` counts by its active share.
 
-    The embedding is looked up, not multiplied with, unless it is the head as well.
+    An embedding is looked up, not multiplied with, unless it is the head as well.
     """
-    head, embedding = model.get_output_embeddings().weight, model.get_input_embeddings().weight  # pyright: ignore
-    skipped = set() if head is embedding else {id(embedding)}
+    head = model.get_output_embeddings().weight  # pyright: ignore[reportCallIssue]
+    skipped = {id(module.weight) for module in model.modules() if isinstance(module, torch.nn.Embedding)} - {id(head)}
     return {
         name: weight.numel() * (active_share if weight.dim() == 3 else 1.0)
         for name, weight in model.named_parameters()
@@ -81,10 +81,11 @@ def _active_share(config: Any) -> float:
 
 
 def _attention(config: Any) -> tuple[tuple[float, int | None], ...]:
-    """Width and window of each layer. With latent attention keys and values differ in width: the mean of both counts."""
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    if _has(config, "v_head_dim"):
-        width = (config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim) / 2
+    """Width and window of each layer. Keys and values may differ in width (latent attention): the mean of both counts."""
+    key = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if _has(config, "qk_nope_head_dim"):
+        key = config.qk_nope_head_dim + config.qk_rope_head_dim
+    width = (key + (getattr(config, "v_head_dim", None) or key)) / 2
     window = getattr(config, "sliding_window", None)
     kinds = getattr(config, "layer_types", None) or ["sliding_attention"] * config.num_hidden_layers
     return tuple((config.num_attention_heads * width, window if kind == "sliding_attention" else None) for kind in kinds)
