@@ -65,6 +65,16 @@ def test_values_have_the_types_of_their_fields() -> None:
     assert run_of(*MODEL, "--resume", "off", "--lora.rslora", "false").resume is False
 
 
+def test_xtuner_s_own_names_of_memory_settings_are_understood() -> None:
+    words = (
+        "--fsdp-config.cpu-offload --fsdp-config.hsdp_sharding_size 2 --fsdp-config.reshard-after-forward False "
+        "--fsdp-config.torch-compile true --fsdp-config.recompute-ratio 0.5 --recompute full"
+    )
+    train = run_of(*MODEL, *words.split()).train
+    assert (train.fsdp.cpu_offload, train.fsdp.sharding_size, train.fsdp.reshard_after_forward) == (True, 2, False)
+    assert (train.compile, train.recompute, train.recompute_ratio) == (True, "full", 0.5)
+
+
 def test_data_files_are_named_in_every_form() -> None:
     model = ["--model-cfg", "qwen3-tiny"]
     assert [source.path for source in run_of(*model, "--dataset", "a.jsonl", "b.jsonl").data.train] == ["a.jsonl", "b.jsonl"]
