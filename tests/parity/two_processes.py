@@ -2,8 +2,9 @@
 
     two_processes.py FOLDER OPTIMIZER...     run with torchrun's variables
 
-For each optimizer, with weights in fp32 and in bf16 (`NAME-bf16`): `FOLDER/NAME/sharded`, `whole` (a model without FSDP, as of one process) and `resumed` (whole, but its first two updates
-come from a checkpoint of the sharded one). `FOLDER/judged-RANK.json`: what each process decides about a step that is an outlier to one.
+For each optimizer, with weights in fp32 and in bf16 (`NAME-bf16`): `FOLDER/NAME/sharded`, `whole` (a model without FSDP, as of one
+process) and `resumed` (whole, but its first two updates come from a checkpoint of the sharded one). `FOLDER/judged-RANK.json`: what each
+process decides about a step that is an outlier to one.
 """
 
 from __future__ import annotations
