@@ -15,8 +15,8 @@ from xtuner_core.config import TrainConfig
 from xtuner_core.models.sizes import Model, Parameters, Widths, count
 
 GIB = 2**30
-MASTER = 4
-"""Bytes of a trained weight and of its reduced gradient."""
+REDUCED = 4
+"""Bytes of a gradient in the buffer in which it is reduced."""
 WIDTH = {"bf16": 2, "fp32": 4}
 NF4 = 0.5 + (1 + 4 / 256) / 64
 """Bytes of a 4-bit weight: blocks of 64 with a scale of one byte, whose scales come in blocks of 256 (arXiv:2305.14314)."""
@@ -103,7 +103,7 @@ def _frozen_bytes(parameters: Parameters, train: TrainConfig) -> float:
 def _gathered(parameters: Parameters, layers: int, train: TrainConfig, parts: int) -> float:
     """One process keeps one copy of what is trained; several gather two layers at a time, and the rest for the whole step."""
     width = WIDTH[train.dtype]
-    used, reduced = width, width + MASTER  # a weight; its gradient, and the buffer in which it is reduced
+    used, reduced = width, width + REDUCED  # a weight; its gradient, and the buffer in which it is reduced
     if parts == 1 and not train.fsdp.cpu_offload:
         return (used + reduced) * parameters.trained
     trained, frozen = parameters.trained - parameters.trained_root, parameters.frozen - parameters.frozen_root
@@ -163,6 +163,8 @@ def advice(train: TrainConfig, device: str) -> Iterable[str]:
     """What can be set to need less, the cheapest first."""
     if train.optimizer == "adamw" and train.method == "full":
         yield "train.optimizer=adamw_8bit"
+    if train.weights == "fp32" and train.method == "full" and train.dtype == "bf16":
+        yield "train.weights=bf16"
     if train.recompute != "full":
         yield f"train.recompute={'selective' if train.recompute == 'none' else 'full'}"
     yield "a lower data.pack_length or train.loss_chunk"

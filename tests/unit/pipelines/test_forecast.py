@@ -65,7 +65,7 @@ def test_a_base_that_is_not_there_yet(tmp_path: Path, tiny_model_folder: Path) -
 @pytest.mark.parametrize(
     ("machine", "overrides", "warning"),
     [
-        (COMPUTER, (), "more than the 16.0 GiB that this machine has. Try train.optimizer=adamw_8bit; train.recompute=selective; "),
+        (COMPUTER, (), "more than the 16.0 GiB that this machine has. Try train.optimizer=adamw_8bit; train.weights=bf16; "),
         (GPUS, (), "more than the 80.0 GiB of a GPU here. Try "),
         (GPUS, ("train.processes=4", "train.global_batch_size=4"), "train.processes is 4, and this machine has 2 GPUs; each process needs"),
         (COMPUTER, ("train.processes=8", "train.global_batch_size=8"), "train.processes is 8, and this machine has 4 cores"),

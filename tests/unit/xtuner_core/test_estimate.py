@@ -108,6 +108,7 @@ def test_optimizer_states_are_as_large_as_said(name: str) -> None:
         ({"activation_offload": True}, {}),
         ({"optimizer": "adamw_8bit"}, {"optimizer": "muon"}),
         ({"optimizer": "muon"}, {}),
+        ({"weights": "bf16"}, {}),
         ({"method": "lora", "loss_chunk": 128}, {"method": "lora"}),
         ({"method": "lora"}, {}),
         ({"method": "qlora"}, {"method": "lora"}),
@@ -149,8 +150,8 @@ def test_steps_and_loads() -> None:
 
 def test_advice_names_what_is_not_set_already() -> None:
     assert list(advice(TrainConfig(), "cuda")) == [
-        "train.optimizer=adamw_8bit", "train.recompute=selective", "a lower data.pack_length or train.loss_chunk", "train.method=lora",
-        "train.fsdp.cpu_offload=true",
+        "train.optimizer=adamw_8bit", "train.weights=bf16", "train.recompute=selective",
+        "a lower data.pack_length or train.loss_chunk", "train.method=lora", "train.fsdp.cpu_offload=true",
     ]  # fmt: skip
     assert "cpu_offload" not in " ".join(advice(TrainConfig(), "cpu"))
     assert list(advice(TrainConfig(method="qlora", recompute="full"), "cpu")) == ["a lower data.pack_length or train.loss_chunk"]
