@@ -10,7 +10,7 @@ from pipelines import base_model, chat, chatters, convert, evaluate, evaluators,
 from pipelines.artifacts import Artifact, Damaged, Store, key_of
 from pipelines.recipe import Recipe
 from pipelines.stage import Stage
-from xtuner_core import adapters, registry
+from xtuner_core import adapters, registry, trackers
 from xtuner_core.data import formats, packing, templates
 from xtuner_core.optim import optimizers, schedules
 
@@ -52,7 +52,7 @@ def check(recipe: Recipe) -> None:
     """Tell a wrong name or a missing file before the first stage runs, not hours later.
 
     Raises:
-        RecipeError: a name that no module has.
+        RecipeError: a name that no module has, or a tracker whose package is not installed.
         DataError: a file that is not there.
     """
     asked = {recipe.data.format, *(source.format for source in recipe.data.train)} - {"auto", None}
@@ -63,6 +63,7 @@ def check(recipe: Recipe) -> None:
     named += [(templates, recipe.model.template)] if recipe.model.template not in (None, templates.OWN) else []
     for package, name in named:
         registry.require(package, name)
+    trackers.require_installed(recipe.train.trackers)
     for node in PIPELINE:
         node.stage.files(recipe)
 

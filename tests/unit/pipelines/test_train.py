@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import train
+from pipelines import pipeline, train
 from pipelines.recipe import PROJECT, load_recipe
 from pipelines.stage import Work
+from xtuner_core.errors import RecipeError
 
 
 def test_steps_that_were_left_out_are_counted_and_their_documents_named(
@@ -56,3 +57,11 @@ def test_what_was_watched_is_in_the_record_and_a_loss_that_is_not_finite_is_null
 def test_a_prompt_file_is_found_as_other_files_of_a_recipe() -> None:
     train_config = load_recipe("qwen3_tiny_full_openai", ('train.sample_prompts=["Hi.", "data/rows.jsonl"]',)).train
     assert train.with_places(train_config).sample_prompts == ("Hi.", str(PROJECT / "data" / "rows.jsonl"))
+
+
+def test_a_tracker_is_looked_for_before_the_first_stage(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(RecipeError, match="'tensorbord' is not one of the trackers: mlflow, tensorboard"):
+        pipeline.check(load_recipe("qwen3_tiny_full_openai", ("train.trackers=tensorbord",)))
+    monkeypatch.setattr("xtuner_core.trackers.wandb.PACKAGE", "nosuchpackage")
+    with pytest.raises(RecipeError, match="wandb needs a package that is not installed: pip install nosuchpackage"):
+        pipeline.check(load_recipe("qwen3_tiny_full_openai", ("train.trackers=wandb",)))
