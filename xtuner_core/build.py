@@ -17,7 +17,7 @@ from xtuner_core.models.recompute import recompute
 from xtuner_core.optim.optimizer import make_optimizer
 from xtuner_core.parallel.mesh import World
 from xtuner_core.parallel.shard import shard
-from xtuner_core.parallel.spread import spread, whole_weights
+from xtuner_core.parallel.spread import follow_head, spread, whole_weights
 
 
 def build(config: SftConfig, world: World) -> tuple[PreTrainedModel, Optimizer]:
@@ -33,6 +33,8 @@ def build(config: SftConfig, world: World) -> tuple[PreTrainedModel, Optimizer]:
     else:
         model = load_model(config.model_dir, config.train)
         require_packable(model)
+    if from_first:
+        follow_head(model, world)
     model.train()
     method.prepare(model, config.train, config.seed)
     trained, every = model.num_parameters(only_trainable=True), model.num_parameters()  # a 4-bit weight counts as what it stands for

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -12,6 +11,7 @@ from typing import Any
 
 from xtuner_core.checkpoint.hf import missing_files, weight_keys
 from xtuner_core.config import TrainConfig
+from xtuner_core.models.check import read_config
 
 Json = Mapping[str, Any]
 Shapes = dict[str, tuple[int, ...]]
@@ -70,10 +70,14 @@ class Model:
 
 
 def model_of_folder(folder: Path) -> Model | None:
-    """From `config.json` and the weight files' headers; None if it is no decoder in known words."""
+    """From `config.json` and the weight files' headers; None if it is no decoder in known words.
+
+    Raises:
+        RecipeError, DataError: the config or a weight file is damaged.
+    """
     if missing_files(folder):
         return None
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = read_config(folder / "config.json")
     shapes = {name: shape for name, (shape, _) in weight_keys(folder).items()}
     return _model(config, _without_tied_head(shapes, config))
 
@@ -84,10 +88,10 @@ def model_of_config(config: Json) -> Model | None:
 
 
 def _model(config: Json, shapes: Shapes | None) -> Model | None:
-    text = {**config, **config.get("text_config", {})}
+    text = {**config, **(config.get("text_config") or {})}
     try:
         widths = _widths(text)
-    except KeyError:
+    except (KeyError, TypeError):  # TypeError: a list with a number for each layer
         return None
     experts = _experts(text)
     active = text.get("num_experts_per_tok", 1) / experts if experts else 1.0

@@ -2,15 +2,28 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from xtuner_core.parallel.mesh import World
+from xtuner_core.parallel.mesh import World, any_rank
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.int8, torch.bool)
 Weights = dict[str, torch.Tensor]
+
+
+def follow_head(model: PreTrainedModel, world: World) -> None:
+    """Let every rank's head be tied to the embedding as rank 0's is, before anything is put on the model.
+
+    If a file has two different ones, transformers keeps both, whatever the config says; an outline knows the config only.
+    """
+    head = cast(Any, model.get_output_embeddings())
+    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    if any_rank(world.rank == 0 and not tied, world) and tied:
+        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
 
 
 def whole_weights(model: PreTrainedModel, world: World) -> Weights:

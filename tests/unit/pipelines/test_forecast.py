@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,14 @@ def test_a_base_that_is_not_there_yet(tmp_path: Path, tiny_model_folder: Path) -
     assert lines(store, "model.base=preset:nobody", prepared=False) == unknown
     assert "8190.7 M parameters" in lines(store, "model.base=preset:qwen3-8b", prepared=False)[0]
     assert "0.1 M parameters" in lines(store, f"model.base={tiny_model_folder}", prepared=False)[0]
+
+
+@pytest.mark.parametrize("config", ["{torn", "[1]", '{"model_type": "own", "hidden_size": 8, "num_attention_heads": [1, 2]}'])
+def test_a_base_whose_config_tells_nothing(config: str, tmp_path: Path, tiny_model_folder: Path) -> None:
+    folder = shutil.copytree(tiny_model_folder, tmp_path / "model")
+    (folder / "config.json").write_text(config)
+    [line] = lines(Store(tmp_path / "none"), f"model.base={folder}", prepared=False)
+    assert line == "train: memory and time can be told when the base model is there."
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
@@ -13,6 +14,12 @@ from xtuner_core.build import build
 from xtuner_core.config import SftConfig
 from xtuner_core.models.load import load_model
 from xtuner_core.parallel.mesh import join_world
+
+
+def is_tied(model: Any) -> bool:
+    """Whether the head is the embedding."""
+    return model.get_input_embeddings().weight is model.get_output_embeddings().weight
+
 
 with join_world() as world:
     for file in sys.argv[1:]:
@@ -28,6 +35,5 @@ with join_world() as world:
                 whole = part.full_tensor() if isinstance(part, DTensor) else part
                 assert whole.dtype == tensor.dtype and torch.equal(whole, tensor), f"{config.model_dir}: {name}"
                 assert part.requires_grad == tensor.requires_grad, name
-        tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
-        assert tied == model.config.tie_word_embeddings
+        assert is_tied(model) == is_tied(expected)
         print(f"same on {world.rank}: {config.model_dir.name}", flush=True)

@@ -25,11 +25,13 @@ LATENT = {
     "num_key_value_heads": 4, "q_lora_rank": 16, "kv_lora_rank": 8, "qk_nope_head_dim": 8, "qk_rope_head_dim": 4, "v_head_dim": 8,
     "first_k_dense_replace": 1, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "n_shared_experts": 1,
 }  # fmt: skip
+TWO_HEADS = "a config that says tied beside a file with a head of its own"
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "qwen3_moe": ({"model_type": "qwen3_moe", "head_dim": 8, **EXPERTS}, {}),
     "deepseek_v3": ({"model_type": "deepseek_v3", **EXPERTS, **LATENT}, {"method": "lora", "lora": {"targets": ["o_proj"]}}),
     "gemma3": ({"model_type": "gemma3_text", "head_dim": 8, "tie_word_embeddings": True}, {"freeze": ["model.layers.0.*"]}),
     "dora": ({"model_type": "llama"}, {"method": "lora", "lora": {"dora": True}, "fsdp": {"sharding_size": 1, "cpu_offload": True}}),
+    TWO_HEADS: ({"model_type": "llama"}, {"freeze": ["lm_head.weight"]}),
 }
 
 
@@ -41,6 +43,7 @@ def test_every_rank_has_the_weights_of_the_file(tmp_path: Path) -> None:
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**{**TINY, **values}))
         for tensor in (*model.parameters(), *(buffer for key, buffer in model.named_buffers() if key in model.state_dict())):
             torch.nn.init.normal_(tensor)
+        model.config.tie_word_embeddings = model.config.tie_word_embeddings or name == TWO_HEADS
         model.save_pretrained(folder)
         config = SftConfig.model_validate(
             {"model_dir": folder, "data_dir": "-", "work_dir": "-", "train": {"global_batch_size": 2, **train}}
