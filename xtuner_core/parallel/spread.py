@@ -20,10 +20,10 @@ def follow_head(model: PreTrainedModel, world: World) -> None:
 
     If a file has two different ones, transformers keeps both, whatever the config says; an outline knows the config only.
     """
-    head = cast(Any, model.get_output_embeddings())
-    tied = head is not None and head.weight is model.get_input_embeddings().weight
+    head, embedding = cast(Any, (model.get_output_embeddings(), model.get_input_embeddings()))
+    tied = getattr(head, "weight", None) is embedding.weight
     if any_rank(world.rank == 0 and not tied, world) and tied:
-        head.weight = torch.nn.Parameter(torch.empty_like(head.weight))
+        head.weight = torch.nn.Parameter(torch.empty_like(embedding.weight))
 
 
 def whole_weights(model: PreTrainedModel, world: World) -> Weights:
