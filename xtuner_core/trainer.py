@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
@@ -23,6 +22,7 @@ from xtuner_core.garbage import collect_at_steps
 from xtuner_core.guards import History, judge
 from xtuner_core.loss import weigh
 from xtuner_core.metrics import clock
+from xtuner_core.optim.clipping import clip
 from xtuner_core.optim.optimizer import set_learning_rate
 from xtuner_core.optim.schedule import learning_rate
 from xtuner_core.parallel.mesh import World, any_of_each, sum_over_ranks
@@ -133,8 +133,7 @@ def train_step(
         loss = model.packed_loss(batch.to(world.device), config.train.loss_chunk)  # pyright: ignore[reportCallIssue]
         (loss * (world.size / max(1.0, weight))).backward()
         total += loss.detach()
-    norm = torch.nn.utils.clip_grad_norm_([p for p in model.parameters() if p.requires_grad], config.train.max_grad_norm, foreach=True)
-    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    norm = clip(model, config.train.max_grad_norm)
     summed_loss, grad_norm = torch.stack([total, norm.to(world.device)]).tolist()  # the one place where the host waits for a GPU
     mean_loss = sum_over_ranks(summed_loss, world) / max(1.0, weight)
     documents = [number for batch in batches for number in batch.documents]
