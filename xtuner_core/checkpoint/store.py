@@ -27,7 +27,7 @@ from xtuner_core.determinism import switches
 from xtuner_core.digest import sha256
 from xtuner_core.durable import publish, remove, write_json
 from xtuner_core.errors import DataError, RecipeError, StorageError, from_os_error
-from xtuner_core.parallel.mesh import World
+from xtuner_core.parallel.mesh import World, gather_numbers
 
 FACTS = "checkpoint.json"
 SHOWN = 5
@@ -69,17 +69,15 @@ def save(
 
 
 def _by_first_rank(work: Callable[[], None], world: World, group: dist.ProcessGroup | None) -> None:
-    """Rank 0 does it while the others wait; all raise StorageError if it cannot."""
-    error: StorageError | None = None
+    """Rank 0 does it while the others wait; all raise its StorageError if it cannot."""
+    reason = b""
     if world.rank == 0:
         try:
             work()
         except OSError as failure:
-            error = from_os_error(failure)
-    failed = torch.tensor(int(error is not None))
-    dist.all_reduce(failed, group=group)
-    if error or int(failed):
-        raise error or StorageError("rank 0 cannot write the checkpoint; its message tells why.")
+            reason = str(from_os_error(failure)).encode()
+    if told := bytes(gather_numbers(reason, world, group)):
+        raise StorageError(told.decode())
 
 
 def _reasons(error: CheckpointException) -> str:

@@ -85,14 +85,14 @@ def sum_over_ranks(value: float, world: World) -> float:
     return float(total)
 
 
-def gather_numbers(values: Sequence[int], world: World) -> list[int]:
-    """The integers of all ranks, rank after rank; every rank gets them."""
+def gather_numbers(values: Sequence[int], world: World, group: dist.ProcessGroup | None = None) -> list[int]:
+    """The integers of all ranks, rank after rank; every rank gets them, over `group` if it is not the default one."""
     own = torch.tensor([len(values), *values], dtype=torch.int64)
     longest = torch.tensor(len(own))
-    dist.all_reduce(longest, dist.ReduceOp.MAX)
+    dist.all_reduce(longest, dist.ReduceOp.MAX, group=group)
     padded = torch.nn.functional.pad(own, (0, int(longest) - len(own)))
     rows = [torch.empty_like(padded) for _ in range(world.size)]
-    dist.all_gather(rows, padded)
+    dist.all_gather(rows, padded, group=group)
     return [number for row in rows for number in row[1 : 1 + int(row[0])].tolist()]
 
 

@@ -171,3 +171,12 @@ def test_a_rank_that_cannot_read_its_data_ends_all_with_its_error_and_the_next_r
     (folder / "metrics.jsonl").unlink()
     train_in_turn(2, folder)
     assert_same(losses(folder), losses(runs.one)[int(kept.name[5:]) :])
+
+
+def test_why_rank_0_cannot_save_is_told_by_every_rank(tmp_path: Path) -> None:
+    """Any of them may be the last to write `outcome.json`."""
+    (tmp_path / "checkpoints").write_text("a file where a folder should be")
+    done = launch(2, Path(__file__).with_name("save_in_vain.py"), tmp_path / "checkpoints")
+    assert done.returncode == 0, done.stderr[-3000:]
+    for rank in range(2):
+        assert done.stdout.count(f"on {rank}: {tmp_path}/checkpoints/.step-1.draft: Not a directory. Check the path") == 2
