@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from xtuner_core.errors import Interrupted
+from xtuner_core.errors import Interrupted, UserError
 
 _PR_SET_PDEATHSIG = 1
 
@@ -29,20 +29,21 @@ class StopRequest:
             os.kill(os.getpid(), number)
         self.asked = True
         if self._at_once:
-            raise KeyboardInterrupt  # not an Exception: no library takes it for a failure of its own
+            raise KeyboardInterrupt  # not an Exception: hardly a library takes it for a failure of its own
 
     @contextmanager
     def at_once(self, doing: str) -> Iterator[None]:
         """While the block runs a signal ends it: what is done there (`doing`, for the message) is nothing that could be lost.
 
         Raises:
-            Interrupted: a signal came, before or within; also where another rank's end made this one fail.
+            Interrupted: a signal came, before or within; also where another rank's end, or a library that took the signal for a failure
+                (torch's reader of checkpoints does), made this one fail.
         """
         self._at_once = True
         try:
             if not self.asked:
                 yield
-        except (KeyboardInterrupt, RuntimeError):
+        except (KeyboardInterrupt, RuntimeError, UserError):
             if not self.asked:
                 raise
         finally:

@@ -293,3 +293,19 @@ def test_the_best_checkpoint_damaged_during_the_run_is_an_error(
     with pytest.raises(DataError, match="the best checkpoint was damaged since it was saved"):
         trainer.train(config, world, stop)
     assert not (config.work_dir / "final").exists()
+
+
+def test_a_signal_while_a_checkpoint_is_read_is_no_failure_of_the_disk(
+    world: World, stop: StopRequest, sft_config: Configure, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = sft_config(total_step=2, checkpoint_interval=1)
+    trainer.train(config, world, stop)
+    read = store.HuggingFaceStorageReader.read_data
+
+    def signalled(*arguments: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return read(*arguments)
+
+    monkeypatch.setattr(store.HuggingFaceStorageReader, "read_data", signalled)
+    with pytest.raises(Interrupted, match="stopped while the model was loaded"):
+        trainer.train(config, world, stop)
