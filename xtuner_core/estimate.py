@@ -17,6 +17,8 @@ from xtuner_core.models.sizes import Model, Parameters, Widths, count
 GIB = 2**30
 REDUCED = 4
 """Bytes of a gradient in the buffer in which it is reduced."""
+ONE_GROUP = 10**9
+"""Trained weights up to which one process takes the model as one group: ten bytes of each are then held at one time."""
 WIDTH = {"bf16": 2, "fp32": 4}
 NF4 = 0.5 + (1 + 4 / 256) / 64
 """Bytes of a 4-bit weight: blocks of 64 with a scale of one byte, whose scales come in blocks of 256 (arXiv:2305.14314)."""
@@ -88,7 +90,7 @@ def memory(model: Model, train: TrainConfig, load: Load, device: str = "cpu") ->
         weights=stays * (WIDTH[train.weights] * parameters.trained + _frozen_bytes(parameters, train)),
         optimizer=stays * STATE.get(train.optimizer, 8.0) * parameters.trained,
         gradients=stays * WIDTH[train.weights] * parameters.trained * (2 if load.packs > 1 and parts == 1 else 1),
-        gathered=_gathered(parameters, model.widths.layers, train, parts),
+        gathered=_gathered(parameters, model.widths.layers, train),
         activations=load.tokens * _kept(model.widths, train, load, device),
         logits=min(load.learned, train.loss_chunk) * model.widths.vocabulary * LOGIT,
         libraries=LIBRARIES[device],
@@ -100,16 +102,20 @@ def _frozen_bytes(parameters: Parameters, train: TrainConfig) -> float:
     return NF4 * packed + WIDTH[train.dtype] * (parameters.frozen - packed)
 
 
-def _gathered(parameters: Parameters, layers: int, train: TrainConfig, parts: int) -> float:
-    """One process keeps one copy of what is trained; several gather two layers at a time, and the rest for the whole step."""
+def _gathered(parameters: Parameters, layers: int, train: TrainConfig) -> float:
+    """As `parallel.shard` groups them: one process copies what is trained, at once or by layers; several gather layer by layer, two at
+    a time, and the rest for the whole step.
+    """
     width = WIDTH[train.dtype]
     used, reduced = width, width + REDUCED  # a weight; its gradient, and the buffer in which it is reduced
-    if parts == 1 and not train.fsdp.cpu_offload:
+    alone = train.processes == 1 and not train.fsdp.cpu_offload
+    if alone and parameters.trained <= ONE_GROUP:
         return (used + reduced) * parameters.trained
-    trained, frozen = parameters.trained - parameters.trained_root, parameters.frozen - parameters.frozen_root
+    trained = parameters.trained - parameters.trained_root
+    frozen, frozen_root = (0, 0) if alone else (parameters.frozen - parameters.frozen_root, parameters.frozen_root)
     at_once = min(2, layers) / layers
     held = at_once if train.fsdp.reshard_after_forward else 1.0
-    root = used * (parameters.trained_root + parameters.frozen_root) + reduced * parameters.trained_root
+    root = used * (parameters.trained_root + frozen_root) + reduced * parameters.trained_root
     return root + used * held * (trained + frozen) + reduced * at_once * trained
 
 

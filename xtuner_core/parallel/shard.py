@@ -17,6 +17,7 @@ from torch.distributed.fsdp import (
 from transformers import PreTrainedModel
 
 from xtuner_core.config import TrainConfig
+from xtuner_core.estimate import ONE_GROUP
 from xtuner_core.loss import packed_loss
 from xtuner_core.models.layers import decoder_layers
 from xtuner_core.models.precision import COMPUTE
@@ -26,25 +27,26 @@ from xtuner_core.parallel.mesh import World, sharding_mesh
 def shard(model: PreTrainedModel, world: World, train: TrainConfig) -> None:
     """Shard every decoder layer and the rest, in place, as `train.fsdp` says; `model.packed_loss(batch, chunk)` becomes the forward pass.
 
-    Compute runs in `train.dtype`, gradients are reduced in fp32. One process has nothing to gather layer by layer: there the model is
-    one group, without its frozen weights, which are kept in the compute precision anyway (a fifth less time for a short CPU step); with
-    CPU offload it is taken layer by layer all the same, or the whole model would lie on the device at one time.
+    Compute runs in `train.dtype`, gradients are reduced in fp32. One process has nothing to gather from others: there frozen weights,
+    which are kept in the compute precision anyway, are left alone, and the rest is one group (a fifth less time for a short CPU step)
+    unless it is so large that its copy and the buffers of its gradients would fill a GPU. With CPU offload the model is taken layer by
+    layer all the same, or all of it would lie on the device at one time.
 
     Raises:
         RecipeError: the processes cannot be divided into groups of `train.fsdp.sharding_size`.
     """
-    whole = world.size == 1 and not train.fsdp.cpu_offload
+    alone = world.size == 1 and not train.fsdp.cpu_offload
     policies = {
         "mesh": sharding_mesh(world, train.fsdp.sharding_size),
         "mp_policy": MixedPrecisionPolicy(param_dtype=COMPUTE[train.dtype], reduce_dtype=torch.float32),
         "offload_policy": CPUOffloadPolicy(pin_memory=world.device.type != "cpu") if train.fsdp.cpu_offload else OffloadPolicy(),
     }
-    if whole or getattr(model, "is_quantized", False):  # FSDP moves what it shards, but not a 4-bit weight's constants beside it
+    if alone or getattr(model, "is_quantized", False):  # FSDP moves what it shards, but not a 4-bit weight's constants beside it
         model.to(world.device)  # pyright: ignore[reportArgumentType]
-    if not whole:
+    policies["ignored_params"] = {parameter for parameter in model.parameters() if alone and not parameter.requires_grad}
+    if not alone or model.num_parameters(only_trainable=True) > ONE_GROUP:
         _shard_layers(decoder_layers(model), train.fsdp.reshard_after_forward, **policies)
-    frozen = {parameter for parameter in model.parameters() if whole and not parameter.requires_grad}
-    fully_shard(model, reshard_after_forward=False, ignored_params=frozen, **policies)
+    fully_shard(model, reshard_after_forward=False, **policies)
     model.packed_loss = types.MethodType(packed_loss, model)  # pyright: ignore[reportArgumentType]
     register_fsdp_forward_method(model, "packed_loss")
 

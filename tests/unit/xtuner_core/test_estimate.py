@@ -125,8 +125,15 @@ def test_what_saves_memory_is_seen_to_save_it(less: dict[str, object], more: dic
 
 def test_a_trained_weight_takes_24_bytes_in_bf16() -> None:
     """Master copy 4, two moments 8, gradient 4, bf16 copy 2, its gradient 2, the buffer in which it is reduced 4."""
+    told = memory(preset("qwen3-0.6b"), TrainConfig(), LOAD, "cuda")
+    assert told.weights + told.optimizer + told.gradients + told.gathered == pytest.approx(24 * 0.596e9, rel=1e-3)
+
+
+def test_a_large_model_is_copied_layer_by_layer() -> None:
+    """The last three, 8 bytes, of two of 32 layers and of what is outside of them, the embedding and the head."""
     told = memory(preset("llama3-8b"), TrainConfig(), LOAD, "cuda")
-    assert told.weights + told.optimizer + told.gradients + told.gathered == pytest.approx(24 * 8.030e9, rel=1e-3)
+    outside = 2 * 128256 * 4096 + 4096
+    assert told.gathered == pytest.approx(8 * (outside + 2 / 32 * (8.030e9 - outside)), rel=1e-3)
     assert f"about {told.total / GIB:.1f} GiB" in told.told() and "optimizer 59.8" in told.breakdown()
 
 

@@ -13,13 +13,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from xtuner_core import trainer
+from xtuner_core.build import build
 from xtuner_core.checkpoint.store import load_whole
 from xtuner_core.config import SftConfig
 from xtuner_core.errors import RecipeError
+from xtuner_core.estimate import ONE_GROUP
 from xtuner_core.models.layers import decoder_layers
+from xtuner_core.parallel import shard
 from xtuner_core.parallel.mesh import World, sharding_mesh
 from xtuner_core.signals import StopRequest
 
@@ -57,6 +61,33 @@ def launch(processes: int, configs: list[SftConfig]) -> None:
     environment = {**os.environ, "PYTHONPATH": str(Path(trainer.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"freeze": ["model.layers.0.*"], "global_batch_size": 2},
+        {"method": "lora", "lora": {"targets": ["layers.1.self_attn.q_proj"]}, "recompute": "full", "dtype": "bf16"},
+    ],
+    ids=["full", "lora"],
+)
+def test_one_process_takes_a_large_model_layer_by_layer(
+    settings: dict[str, object], world: World, stop: StopRequest, sft_config: Configure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a layer has nothing that trains: losses and weights are those of the model in one group."""
+    found = []
+    for name, limit in (("whole", ONE_GROUP), ("by layer", 0)):
+        monkeypatch.setattr(shard, "ONE_GROUP", limit)
+        config = sft_config(**settings).model_copy(update={"work_dir": tmp_path / name})
+        config.work_dir.mkdir()
+        model, _ = build(config, world)
+        assert [isinstance(layer, FSDPModule) for layer in decoder_layers(model)] == [name == "by layer"] * 2
+        trainer.train(config, world, stop)
+        found.append((losses(config.work_dir), load_whole(config.work_dir / "final")))
+    (whole, weights), (by_layer, same) = found
+    assert by_layer == pytest.approx(whole, rel=1e-6)
+    assert weights.keys() == same.keys()
+    assert all(torch.allclose(same[name], weight, rtol=1e-4, atol=1e-6) for name, weight in weights.items())
 
 
 @pytest.mark.slow
