@@ -62,14 +62,14 @@ def resume(config: SftConfig, model: PreTrainedModel, optimizer: Optimizer, tota
 
 
 def _with_best(position: Position, config: SftConfig, world: World) -> Position:
-    """The position, without a lowest validation loss whose checkpoint is needed and not there."""
+    """The position; without the validation losses, which are then measured from here on, if the lowest one's checkpoint is not there."""
     measured = position.measured
     if not config.train.checkpoint_best or measured.best_loss is None or measured.best_step == position.step:
         return position
     if not any_rank(world.rank == 0 and not store.is_whole(checkpoint_of(config.work_dir, measured.best_step)), world):
         return position
     say(world.rank, f"the best checkpoint, step-{measured.best_step}, is not there or damaged; the next measurement counts as the best")
-    return replace(position, measured=replace(measured, best_step=0, best_loss=None))
+    return replace(position, measured=Measured())
 
 
 def load_best(config: SftConfig, model: PreTrainedModel, at: Position, world: World) -> None:

@@ -204,17 +204,20 @@ def test_a_run_that_was_stopped_knows_the_lowest_loss_and_its_patience(
     assert every_byte(config.work_dir / "final") == {name.removeprefix("final/"): raw for name, raw in expected.items() if "final/" in name}
 
 
+@pytest.mark.parametrize("total", [6, 7])
 def test_a_best_checkpoint_that_is_gone_is_told_and_the_next_measurement_counts(
-    world: World, stop: StopRequest, configured: Configure, capsys: pytest.CaptureFixture[str]
+    total: int, world: World, stop: StopRequest, configured: Configure, capsys: pytest.CaptureFixture[str]
 ) -> None:
     config = configured(checkpoint_best=True, checkpoint_interval=5, checkpoint_last=True)
     trainer.train(config, world, stop)
     best = store.facts(config.work_dir / "final")["best_step"]
     assert saved(config.work_dir) == [f"step-{best}", "step-6"] and best < 5
     shutil.rmtree(config.work_dir / "checkpoints" / f"step-{best}")
-    trainer.train(configured(checkpoint_best=True, total_step=7), world, stop)
+    trainer.train(configured(checkpoint_best=True, total_step=total), world, stop)
     assert f"the best checkpoint, step-{best}, is not there or damaged" in capsys.readouterr().out
-    assert store.facts(config.work_dir / "final")["best_step"] == 7
+    found = losses(config.work_dir)[5:total]  # that of the last checkpoint is measured again, even if it is the end
+    facts = store.facts(config.work_dir / "final")
+    assert (facts["step"], facts["best_step"], facts["best_loss"]) == (total, 5 + lowest(found), min(found))
 
 
 @pytest.mark.parametrize("setting", [{"checkpoint_best": True}, {"early_stop": 2}])
