@@ -236,7 +236,8 @@ def _unknown(word: str, every: Sequence[Flag]) -> str:
 
 def _value(flag: Flag, given: str | list[str]) -> Any:
     if isinstance(given, list):
-        refuse_program("--" + flag.names[0], given[0], "name data files: .jsonl, .json, .parquet, .csv, a folder or a glob")
+        if flag.field[0] == "data":
+            refuse_program("--" + flag.names[0], given[0], "name data files: .jsonl, .json, .parquet, .csv, a folder or a glob")
         return _literal(given[0]) if len(given) == 1 else [_literal(part) for part in given]
     if flag.is_text:
         return _FORGIVING.get(flag.dotted, str)(given)

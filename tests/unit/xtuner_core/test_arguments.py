@@ -75,6 +75,11 @@ def test_xtuner_s_own_names_of_memory_settings_are_understood() -> None:
     assert (train.compile, train.recompute, train.recompute_ratio) == (True, "full", 0.5)
 
 
+@pytest.mark.parametrize("prompt", ["Explain setup.py", "3.5", "7"])
+def test_a_prompt_may_look_like_a_program_or_a_number(prompt: str) -> None:
+    assert run_of(*MODEL, "--sample-prompts", prompt).train.sample_prompts == (prompt,)
+
+
 def test_data_files_are_named_in_every_form() -> None:
     model = ["--model-cfg", "qwen3-tiny"]
     assert [source.path for source in run_of(*model, "--dataset", "a.jsonl", "b.jsonl").data.train] == ["a.jsonl", "b.jsonl"]
