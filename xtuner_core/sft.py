@@ -75,7 +75,8 @@ def run_whole(asked: RunConfig, stop: StopRequest) -> None:
             raise SystemExit(Interrupted.exit_code) from None
         raise
     if settled == DONE:
-        print(f"nothing to do: {asked.work_dir / 'final'} is this run's result. Start over with --no-resume.", flush=True)
+        if _is_first():
+            print(f"nothing to do: {asked.work_dir / 'final'} is this run's result. Start over with --no-resume.", flush=True)
         return
     config = SftConfig.model_validate_json(settled)
     comment = "failed"

@@ -177,7 +177,8 @@ def is_complete(work_dir: Path, train: TrainConfig, seed: int) -> bool:
     if not final.is_dir() or not store.is_whole(final):
         return False
     told = store.facts(final)
-    before, now = (_deciding(settings) for settings in (told["train"], train.model_dump(mode="json")))
+    every = TrainConfig().model_dump(mode="json")  # a field may be new in this version
+    before, now = (_deciding(settings) for settings in (every | told["train"], train.model_dump(mode="json")))
     return told["seed"] == seed and before == now
 
 

@@ -92,10 +92,14 @@ def test_the_record_tells_the_runs(trained: Path) -> None:
     assert head.returncode != 0 or len(run["git_info"]["commit"]) == 40
 
 
-def test_a_finished_run_has_nothing_to_do(place: Path, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_finished_run_has_nothing_to_do_and_says_so_once(
+    rank: int, place: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     copy = results(place / "work")
+    monkeypatch.setenv("RANK", str(rank))
     assert command(place, "--total-step", "4") == 0
-    assert "nothing to do" in capfd.readouterr().out
+    assert ("nothing to do" in capfd.readouterr().out) == (rank == 0)
     assert results(place / "work") == copy
 
 
