@@ -9,7 +9,8 @@ liger        transformers Trainer with liger's kernels: a pack as one row with r
 flattened    the same without liger, where liger is not installed
 
 MFU: 6 FLOPs a token and matrix parameter (the head counts, the embedding does not; 4 for LoRA, which needs no gradient of frozen
-weights) plus 6 · layers · heads · head width · Σlen²/Σlen, over the device's dense bf16 peak; recomputation is never credited.
+weights) plus 6 · layers · heads · head width · Σlen²/Σlen, over the device's dense bf16 peak (xtuner_core/models/flops.py);
+recomputation is never credited. Ours compiles its layers.
 
 A run that fails, for memory or for anything else, is a line of the table and does not end the others; one for which no time is left
 is left out. No other environment is needed: the peers run in the interpreter that runs this, so torch ≥ 2.11 and transformers ≥ 5.17 do.
@@ -38,10 +39,10 @@ from training_job import Documents, Job, Json, ask, environment, write_packs
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results" / "train_gpu.json"
 PRESETS = HERE.parent / "xtuner_core" / "models" / "presets"
-PEAKS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}
-"""Dense bf16 FLOP/s by what the device's name has in it."""
-LONGEST_RUN = 60.0
-"""Seconds: with the median at 15 to 20, all fit into the budget."""
+LARGE = 100e9
+"""Bytes of memory from which a GPU takes 8B in full without recomputation."""
+LONGEST_RUN = 120.0
+"""Seconds: with the median at 15 to 20, all fit into the budget; the first run that compiles takes longer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +54,8 @@ class Row:
     packs_per_step: int
     train: Json = field(default_factory=dict)
     """Fields of the engine's TrainConfig."""
+    tight: Json = field(default_factory=dict)
+    """More of them for a GPU with less than LARGE bytes."""
     peers_weights: str = "fp32"
     peers_checkpointing: bool = False
     config: Json = field(default_factory=dict)
@@ -66,15 +69,20 @@ class Row:
         return f"{self.preset}{' too large' if self.config else ''} {self.method}"
 
 
+COMPILED: Json = {"compile": True}
 # The peers keep what is frozen in bf16, and for 8B what trains too: with fp32 weights and moments (131 GB) nothing would fit beside it.
+# Ours keeps 8B in bf16 as well, with moments of one byte: about 75 GiB on a large GPU, 62 with all layers recomputed, by estimate.
 ROWS = (
-    Row("qwen3-8b", "full", 4, peers_weights="bf16", peers_checkpointing=True),
-    Row("qwen3-8b", "lora", 4, peers_weights="bf16"),
-    Row("qwen3-1.7b", "full", 4),
-    Row("qwen3-0.6b", "full", 4),
-    Row("qwen3-1.7b", "lora", 4, peers_weights="bf16"),
-    Row("qwen3-0.6b", "lora", 4, peers_weights="bf16"),
-)
+    Row(
+        "qwen3-8b", "full", 4, peers_weights="bf16", peers_checkpointing=True,
+        train={**COMPILED, "weights": "bf16", "optimizer": "adamw_8bit"}, tight={"recompute": "full"},
+    ),
+    Row("qwen3-8b", "lora", 4, peers_weights="bf16", train=COMPILED),
+    Row("qwen3-1.7b", "full", 4, train=COMPILED),
+    Row("qwen3-0.6b", "full", 4, train=COMPILED),
+    Row("qwen3-1.7b", "lora", 4, peers_weights="bf16", train=COMPILED),
+    Row("qwen3-0.6b", "lora", 4, peers_weights="bf16", train=COMPILED),
+)  # fmt: skip
 DRY_ROWS = (
     Row("qwen3-tiny", "full", 1, config={"vocab_size": 10**12}, sides=("ours",)),  # fits nowhere: the others must run all the same
     Row("qwen3-tiny", "full", 2, sides=("ours", "flattened", "ours")),
@@ -133,8 +141,8 @@ def measure(row: Row, arguments: argparse.Namespace, length: int, clock: Clock, 
     (scratch / "config.json").write_text(json.dumps(config), encoding="utf-8")
     documents = synthetic(length, 16 * row.packs_per_step, min(config["vocab_size"], 150_000), arguments.documents == "full")
     write_packs(documents, length, scratch)
-    job = job_of(row, scratch, arguments)
-    file, flops = job.write(scratch / "job.json"), flops_per_token(config, row.method, effective_length(documents))
+    job = job_of(row, scratch, arguments, tight=(ceilings.get("device_memory") or 0) < LARGE)
+    file, flops = job.write(scratch / "job.json"), flops_per_token(scratch, row.method, documents)
     runs: dict[str, list[Json]] = {}
     for side in row.sides or ("ours", *peers(), "ours"):
         if "failed" in runs.get(side, [{}])[0] or clock.left() < 10:
@@ -149,13 +157,13 @@ def measure(row: Row, arguments: argparse.Namespace, length: int, clock: Clock, 
                "sides": {name: summary(same, flops, ceilings) for name, same in runs.items()}}  # fmt: skip
 
 
-def job_of(row: Row, scratch: Path, arguments: argparse.Namespace) -> Job:
+def job_of(row: Row, scratch: Path, arguments: argparse.Namespace, tight: bool) -> Job:
     """Two steps to warm up, then as many as fit into some seconds; in the dry run two."""
     steps, seconds = (2, 0.0) if arguments.dry_run else (200, 4.0)
     return Job(
         str(scratch), True, str(scratch), row.method, "bf16", row.peers_weights, 1e-5 if row.method == "full" else 1e-4,
         packs_per_step=row.packs_per_step, warmup=2, steps=steps, seconds=seconds, checkpointing=row.peers_checkpointing,
-        train={**row.train, **arguments.train},
+        train={**row.train, **(row.tight if tight else {}), **arguments.train},
     )  # fmt: skip
 
 
@@ -181,26 +189,13 @@ def synthetic(pack_length: int, packs: int, vocabulary: int, full: bool) -> Docu
     return every.take(whole[:packs])
 
 
-def effective_length(documents: Documents) -> float:
-    """Σlen²/Σlen: how many tokens, before the causal half, a token attends to on average."""
-    lengths = np.array([len(ids) for ids in documents.ids], dtype=float)
-    return float((lengths**2).sum() / lengths.sum())
+def flops_per_token(folder: Path, method: str, documents: Documents) -> float:
+    """FLOPs of forward and backward pass that the method needs, by the engine's own count; `folder` has the model's config."""
+    from xtuner_core.config import TrainConfig
+    from xtuner_core.models.flops import costs_of
 
-
-def matrix_parameters(config: Json) -> int:
-    """Parameters of all matrix products of a dense llama-like model: layers and head, not the embedding."""
-    hidden, heads = config["hidden_size"], config["num_attention_heads"]
-    width = config.get("head_dim") or hidden // heads
-    attention = 2 * hidden * width * (heads + config.get("num_key_value_heads", heads))
-    layer = attention + 3 * hidden * config["intermediate_size"]
-    return config["num_hidden_layers"] * layer + hidden * config["vocab_size"]
-
-
-def flops_per_token(config: Json, method: str, effective: float) -> float:
-    """FLOPs of forward and backward pass that the method needs; only pairs of tokens that see each other count in attention."""
-    width = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
-    attention = 6 * config["num_hidden_layers"] * config["num_attention_heads"] * width * effective
-    return (6 if method == "full" else 4) * matrix_parameters(config) + attention
+    lengths = [len(ids) for ids in documents.ids]
+    return costs_of(folder, TrainConfig(method=method)).operations(lengths) / sum(lengths)
 
 
 def summary(runs: list[Json], flops: float, ceilings: Json) -> Json:
@@ -208,8 +203,10 @@ def summary(runs: list[Json], flops: float, ceilings: Json) -> Json:
     good = [run for run in runs if "failed" not in run]
     if not good:
         return {"failed": runs[0]["failed"]}
+    from xtuner_core.models.flops import peak_of_name
+
     speed = statistics.mean(run["tokens_per_second"] for run in good)
-    peak = next((value for name, value in PEAKS.items() if name in ceilings.get("device", "")), None)
+    peak = peak_of_name(ceilings.get("device", ""))
     return {
         "tokens_per_second": speed,
         "runs": [run["tokens_per_second"] for run in good],

@@ -111,6 +111,8 @@ class Meter:
     done: int = 0
     tokens: int = 0
     losses: list[float] = field(default_factory=list)
+    peak: int = 0
+    """Bytes, of all steps: the engine's log begins to count anew after each."""
     _start: tuple[float, float] = (0.0, 0.0)
     _end: tuple[float, float] = (0.0, 0.0)
 
@@ -122,6 +124,7 @@ class Meter:
     def end(self, tokens: int) -> bool:
         """After a step of so many tokens; True if it was the last."""
         self._end = now()
+        self.peak = max(self.peak, peak_memory())
         self.done += 1
         self.tokens += tokens if self.done > self.job.warmup else 0
         enough = self.done >= self.job.warmup + 2 and self._end[0] - self._start[0] >= self.job.seconds
@@ -136,7 +139,7 @@ class Meter:
             "seconds": wall,
             "tokens_per_second": self.tokens / wall,
             "tokens_per_cpu_second": self.tokens / cpu,
-            "peak_memory": peak_memory(),
+            "peak_memory": self.peak,
             "losses": self.losses,
         }
 

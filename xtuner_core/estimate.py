@@ -89,7 +89,7 @@ def memory(model: Model, train: TrainConfig, load: Load, device: str = "cpu") ->
     return Memory(
         weights=stays * (WIDTH[train.weights] * parameters.trained + _frozen_bytes(parameters, train)),
         optimizer=stays * STATE.get(train.optimizer, 8.0) * parameters.trained,
-        gradients=stays * WIDTH[train.weights] * parameters.trained * (2 if load.packs > 1 and parts == 1 else 1),
+        gradients=stays * WIDTH[train.weights] * parameters.trained * (2 if load.packs > 1 and _one_group(parameters, train) else 1),
         gathered=_gathered(parameters, model.widths.layers, train),
         activations=load.tokens * _kept(model.widths, train, load, device),
         logits=min(load.learned, train.loss_chunk) * model.widths.vocabulary * LOGIT,
@@ -102,16 +102,21 @@ def _frozen_bytes(parameters: Parameters, train: TrainConfig) -> float:
     return NF4 * packed + WIDTH[train.dtype] * (parameters.frozen - packed)
 
 
+def _one_group(parameters: Parameters, train: TrainConfig) -> bool:
+    """Whether all that is trained is copied and reduced at one time (parallel/shard.py); gradients of a step's packs then meet whole."""
+    return train.processes == 1 and not train.fsdp.cpu_offload and parameters.trained <= ONE_GROUP
+
+
 def _gathered(parameters: Parameters, layers: int, train: TrainConfig) -> float:
-    """As `parallel.shard` groups them: one process copies what is trained, at once or by layers; several gather layer by layer, two at
-    a time, and the rest for the whole step.
+    """All that is trained at once, or two layers and, for the whole step, what is outside of them; several processes gather what is frozen
+    too.
     """
     width = WIDTH[train.dtype]
     used, reduced = width, width + REDUCED  # a weight; its gradient, and the buffer in which it is reduced
-    alone = train.processes == 1 and not train.fsdp.cpu_offload
-    if alone and parameters.trained <= ONE_GROUP:
+    if _one_group(parameters, train):
         return (used + reduced) * parameters.trained
     trained = parameters.trained - parameters.trained_root
+    alone = train.processes == 1 and not train.fsdp.cpu_offload
     frozen, frozen_root = (0, 0) if alone else (parameters.frozen - parameters.frozen_root, parameters.frozen_root)
     at_once = min(2, layers) / layers
     held = at_once if train.fsdp.reshard_after_forward else 1.0

@@ -99,5 +99,9 @@ def peak_of(device: torch.device, train: TrainConfig) -> float | None:
     """Operations a second of one device at its best: what the configuration says, else of a known GPU; None if nobody knows."""
     if train.peak_flops is not None or device.type != "cuda":
         return train.peak_flops
-    name = torch.cuda.get_device_name(device)
+    return peak_of_name(torch.cuda.get_device_name(device))
+
+
+def peak_of_name(name: str) -> float | None:
+    """The same by a device's name."""
     return next((peak for word, peak in PEAKS.items() if word in name), None)

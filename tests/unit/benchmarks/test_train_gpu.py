@@ -1,7 +1,8 @@
-"""The GPU benchmark runs from end to end where there is no GPU, and counts FLOPs by the published definition."""
+"""The GPU benchmark runs from end to end where there is no GPU, and counts FLOPs as the engine does."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import subprocess
 import sys
@@ -10,6 +11,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from xtuner_core.estimate import GIB, Load, memory
+from xtuner_core.models.sizes import model_of_config
 
 PROJECT = Path(__file__).resolve().parents[3]
 BENCHMARKS = PROJECT / "benchmarks"
@@ -21,31 +25,28 @@ def train_gpu(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return import_module("train_gpu")
 
 
-@pytest.mark.parametrize(
-    ("preset", "billions", "full", "lora"),
-    [
-        ("qwen3-0.6b", 0.596, 4.99, 3.79),
-        ("qwen3-1.7b", 1.720, 11.73, 8.29),
-        ("qwen3-8b", 7.568, 49.0, 33.9),
-        ("llama3-8b", 7.505, 48.3, 33.2),
-    ],
-)
-def test_flops_are_those_of_the_definition(train_gpu: ModuleType, preset: str, billions: float, full: float, lora: float) -> None:
-    config = json.loads((train_gpu.PRESETS / f"{preset}.json").read_text(encoding="utf-8"))
-    assert train_gpu.matrix_parameters(config) / 1e9 == pytest.approx(billions, rel=1e-3)
-    assert train_gpu.flops_per_token(config, "full", 4096) / 1e9 == pytest.approx(full, rel=2e-3)
-    assert train_gpu.flops_per_token(config, "lora", 4096) / 1e9 == pytest.approx(lora, rel=2e-3)
-
-
-def test_documents_fill_their_packs_and_only_tokens_that_see_each_other_count(train_gpu: ModuleType) -> None:
+def test_documents_fill_their_packs_and_only_tokens_that_see_each_other_count(train_gpu: ModuleType, tmp_path: Path) -> None:
     mixed, full = (train_gpu.synthetic(4096, 8, 1000, whole) for whole in (False, True))
     for documents in (mixed, full):
         assert len(documents.sizes) == 8
         assert all(0.9 * 4096 < documents.tokens(pack) <= 4096 for pack in documents.packs())
         assert all(ids.min() >= 0 and ids.max() < 1000 for ids in documents.ids)
     assert full.sizes == [1] * 8
-    assert train_gpu.effective_length(full) == 4096
-    assert 545 < train_gpu.effective_length(mixed) < 4096  # the mean weighted by length is above the mean
+    (tmp_path / "config.json").write_bytes((train_gpu.PRESETS / "qwen3-8b.json").read_bytes())
+    assert train_gpu.flops_per_token(tmp_path, "full", full) / 1e9 == pytest.approx(49.0, rel=2e-3)
+    assert 6 * 7.568 < train_gpu.flops_per_token(tmp_path, "full", mixed) / 1e9 < 49.0
+    assert train_gpu.flops_per_token(tmp_path, "lora", full) / 1e9 == pytest.approx(33.9, rel=2e-3)
+
+
+def test_settings_of_every_row_are_the_engine_s_and_fit_the_memory(train_gpu: ModuleType, tmp_path: Path) -> None:
+    arguments = argparse.Namespace(dry_run=False, train={})
+    for row in train_gpu.ROWS:
+        model = model_of_config(json.loads((train_gpu.PRESETS / f"{row.preset}.json").read_text(encoding="utf-8")))
+        assert model is not None
+        for tight, gib in ((True, 78), (False, 139)):
+            config = import_module("train_ours").config_of(train_gpu.job_of(row, tmp_path, arguments, tight), tmp_path)
+            told = memory(model, config.train, Load(4096, 4096, 545, row.packs_per_step), "cuda")
+            assert config.train.compile and told.total < gib * GIB, (row.name, told.told())
 
 
 @pytest.mark.slow
