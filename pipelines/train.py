@@ -25,7 +25,7 @@ GRACE_SECONDS = 25
 """Longer than the launcher's own shutdown, shorter than Prefect's 30 s."""
 
 
-WATCHED = ("metrics.jsonl", "validation.jsonl", "samples.jsonl", "tensorboard", "profile")
+WATCHED = ("metrics.jsonl", "validation.jsonl", "samples.jsonl", "profile", "tensorboard", "wandb", "mlflow", "trackio")
 """What the engine leaves for people to look at; all but the first only if the recipe or the data ask for it."""
 
 
@@ -57,7 +57,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     os.rename(work.scratch / "final", work.payload / "checkpoint")
     for name in WATCHED:
         if (work.scratch / name).is_dir():
-            shutil.copytree(work.scratch / name, work.record / name, dirs_exist_ok=True)
+            shutil.copytree(work.scratch / name, work.record / name, dirs_exist_ok=True, ignore_dangling_symlinks=True)  # wandb's
         elif (work.scratch / name).exists():
             shutil.copyfile(work.scratch / name, work.record / name)
     return {**_summary(work.record), **_validation(work.record), **_told(work.payload / "checkpoint" / "checkpoint.json")}

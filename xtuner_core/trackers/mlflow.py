@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from xtuner_core.trackers._run_id import run_id
+from xtuner_core.trackers._service import run_id
 
 PACKAGE = "mlflow"
 LONGEST_PARAMETER = 500

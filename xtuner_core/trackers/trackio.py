@@ -8,26 +8,15 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from xtuner_core.trackers._run_id import run_id
+from xtuner_core.trackers._service import ServiceRun, run_id
 
 PACKAGE = "trackio"
 
 
-class _Trackio:
-    def __init__(self, run: Any) -> None:
-        self.run = run
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def open_tracker(work_dir: Path, settings: Mapping[str, Any], first_step: int) -> _Trackio:
+def open_tracker(work_dir: Path, settings: Mapping[str, Any], first_step: int) -> ServiceRun:
     """The work directory's run, made the first time."""
     os.environ.setdefault("TRACKIO_DIR", str(work_dir / "trackio"))  # read when the package is imported
     trackio = import_module(PACKAGE)
     project = os.environ.get("TRACKIO_PROJECT", "xtuner")
     run = trackio.init(project=project, name=f"{work_dir.name}-{run_id(work_dir, PACKAGE)}", resume="allow", config=dict(settings))
-    return _Trackio(run)
+    return ServiceRun(run)

@@ -8,23 +8,12 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from xtuner_core.trackers._run_id import run_id
+from xtuner_core.trackers._service import ServiceRun, run_id
 
 PACKAGE = "wandb"
 
 
-class _Wandb:
-    def __init__(self, run: Any) -> None:
-        self.run = run
-
-    def log(self, step: int, values: Mapping[str, float]) -> None:
-        self.run.log(dict(values), step=step)
-
-    def close(self) -> None:
-        self.run.finish()
-
-
-def open_tracker(work_dir: Path, settings: Mapping[str, Any], first_step: int) -> _Wandb:
+def open_tracker(work_dir: Path, settings: Mapping[str, Any], first_step: int) -> ServiceRun:
     """The work directory's run, made the first time. A step that it has already is passed over by the server.
 
     `WANDB_PROJECT`, `WANDB_MODE` and wandb's other variables work as everywhere.
@@ -41,4 +30,4 @@ def open_tracker(work_dir: Path, settings: Mapping[str, Any], first_step: int) -
         mode=None if "WANDB_MODE" in os.environ or logged_in else "offline",
         settings=wandb.Settings(console="off"),  # the log is ours
     )
-    return _Wandb(run)
+    return ServiceRun(run)

@@ -41,6 +41,10 @@ def test_what_was_watched_is_in_the_record_and_a_loss_that_is_not_finite_is_null
 ) -> None:
     place = prepare_place()
     work = Work({"base": tiny_model_folder.parent, "data": tiny_data}, place.payload, place.record, place.scratch, place.cache, print)
+    for service in ("wandb", "mlflow"):  # as an attempt before left them, or as they would be if these were installed
+        (work.scratch / service).mkdir()
+    (work.scratch / "mlflow" / "mlflow.db").write_bytes(b"runs")
+    (work.scratch / "wandb" / "latest-run").symlink_to("gone")
     diverging = ("train.lr=1e18", "train.weight_decay=0", "train.skip_grad_norm_factor=2", "train.total_step=2")
     watched = ("train.trackers=tensorboard", "train.profile_step=1", 'train.sample_prompts=["Hi, you"]', "train.sample_tokens=2")
     metrics = train.run(load_recipe("qwen3_tiny_full_openai", (*diverging, *watched)), work)
@@ -49,6 +53,7 @@ def test_what_was_watched_is_in_the_record_and_a_loss_that_is_not_finite_is_null
     assert [row["total_loss"] is None for row in rows] == [False, True]
     assert metrics["first_loss"] == metrics["last_loss"] == rows[0]["total_loss"] and metrics["skipped_steps"] == 1
     assert list((work.record / "tensorboard").glob("events.*"))
+    assert (work.record / "mlflow" / "mlflow.db").read_bytes() == b"runs" and (work.record / "wandb").is_dir()
     assert (work.record / "profile" / "step-1" / "rank-0" / "trace.json.gz").is_file()
     [sample] = [json.loads(row) for row in (work.record / "samples.jsonl").read_text().splitlines()]
     assert (sample["step"], sample["messages"], sample["tokens"]) == (2, [{"role": "user", "content": "Hi, you"}], 2)

@@ -1,10 +1,11 @@
-"""The name of a work directory's run at a service, chosen once and kept, so that a run that goes on is found again."""
+"""What trackers of a service share: a run's name, chosen once and kept, so that a run that goes on is found again; and the run itself."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from xtuner_core.durable import write_bytes
 
@@ -18,3 +19,16 @@ def run_id(work_dir: Path, service: str, new: Callable[[], str] = lambda: secret
         file.parent.mkdir(exist_ok=True)
         write_bytes(file, new().encode())
     return file.read_text(encoding="utf-8")
+
+
+class ServiceRun:
+    """A run as wandb's API has it, which others copy."""
+
+    def __init__(self, run: Any) -> None:
+        self.run = run
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        self.run.log(dict(values), step=step)
+
+    def close(self) -> None:
+        self.run.finish()
