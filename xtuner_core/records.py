@@ -11,6 +11,7 @@ from xtuner_core import registry, trackers
 from xtuner_core.config import SftConfig
 from xtuner_core.data.dataset import PackedDataset
 from xtuner_core.data.loader import Batch
+from xtuner_core.durable import write_bytes
 from xtuner_core.metrics import StepMetrics, ValidationMetrics, clock, json_line, memory, say
 from xtuner_core.models.flops import Costs, costs_of, peak_of
 from xtuner_core.parallel.mesh import World
@@ -61,6 +62,8 @@ def open_records(config: SftConfig, first: int, total: int, dataset: PackedDatas
     trackers.require_installed(config.train.trackers)
     file, peak = config.work_dir / STEPS, peak_of(world.device, config.train)
     best = None if peak is None else (costs_of(config.model_dir, config.train), peak)
+    if world.rank == 0:
+        _cut_torn_row(file)
     with ExitStack() as places:
         tracked = {name: opened for name in config.train.trackers if world.rank == 0 and (opened := _open(name, config, first, places))}
         show = places.enter_context(training_bar(first, total)) if world.rank == 0 else _show_nothing
@@ -88,6 +91,13 @@ def _close(name: str, tracker: Tracker) -> None:
         tracker.close()
     except Exception as error:
         say(0, f"train.trackers: {name} could not be closed: {error!r}")
+
+
+def _cut_torn_row(file: Path) -> None:
+    """Drop the part of a row that a full disk or a power cut has left at the end, or the next row would be written into it."""
+    rows = file.read_bytes() if file.exists() else b""
+    if torn := len(rows.rpartition(b"\n")[2]):
+        write_bytes(file, rows[:-torn])
 
 
 def _consumed(file: Path, first: int) -> int:

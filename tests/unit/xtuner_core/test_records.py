@@ -72,6 +72,18 @@ def test_a_step_s_row(world: World, stop: StopRequest, sft_config: Callable[...,
     assert told[1]["consumed_tokens"] == told[0]["text_tokens"] + told[1]["text_tokens"]
 
 
+@pytest.mark.parametrize("torn", [30, -1])
+def test_a_torn_row_does_not_spoil_the_next_one(
+    torn: int, world: World, stop: StopRequest, sft_config: Callable[..., SftConfig], tmp_path: Path
+) -> None:
+    trainer.train(sft_config(total_step=2, checkpoint_interval=1), world, stop)
+    file = tmp_path / "metrics.jsonl"
+    first, second = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(first + second[:torn])  # the disk was full, or the power went
+    trainer.train(sft_config(total_step=3), world, stop)
+    assert [row["step"] for row in rows(tmp_path)] == [1, 2, 3]
+
+
 def test_without_a_known_best_there_is_no_mfu(
     world: World, stop: StopRequest, sft_config: Callable[..., SftConfig], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
