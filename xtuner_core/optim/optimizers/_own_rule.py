@@ -56,6 +56,6 @@ def update_bf16(parameter: torch.Tensor, gradient: torch.Tensor, state: dict[str
     exact = gradient.float()
     moment = state["exp_avg"].lerp_(exact, 1 - beta1)
     root = (state["exp_avg_sq"].mul_(beta2).addcmul_(exact, exact, value=1 - beta2) / (1 - beta2**step)).sqrt_()
-    with in_fp32(parameter, gradient) as weights:
+    with in_fp32(parameter, gradient, step) as weights:
         weights.mul_(1 - rate * group["weight_decay"])
         weights.addcdiv_(moment, root.add_(group["eps"]), value=-rate / (1 - beta1**step))

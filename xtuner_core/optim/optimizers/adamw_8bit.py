@@ -81,7 +81,7 @@ def _update_rows(
     second = dequantize(root_codes, root_scales, signed=False).square_().mul_(beta2).addcmul_(exact, exact, value=1 - beta2)
     root = second.sqrt_()
     corrected = (root / (1 - beta2**step) ** 0.5).add_(group["eps"])
-    with in_fp32(parameter, gradient) as weights:
+    with in_fp32(parameter, gradient, step) as weights:
         weights.mul_(1 - rate * group["weight_decay"])
         weights.addcdiv_(moment, corrected, value=-rate / (1 - beta1**step))
     for (into, its_scales), values, signed in (((codes, scales), moment, True), ((root_codes, root_scales), root, False)):

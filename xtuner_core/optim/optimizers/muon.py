@@ -46,7 +46,7 @@ def _vocabulary(model: torch.nn.Module) -> set[int]:
 
 
 class Muon(OwnRule):
-    """Muon for the groups with `own_rule`; the state is `momentum_buffer`."""
+    """Muon for the groups with `own_rule`; the state is `momentum_buffer` and, of a weight in bf16, `step`."""
 
     def update(self, parameter: torch.Tensor, gradient: torch.Tensor, state: dict[str, torch.Tensor], group: dict[str, Any]) -> None:
         """`update` with the group's rate and decay."""
@@ -59,9 +59,11 @@ def update(
     """Change one matrix `[out, in]`, or a stack of them `[..., out, in]`, and its momentum in place; sharded or not."""
     if "momentum_buffer" not in state:
         state["momentum_buffer"] = torch.zeros_like(gradient, dtype=torch.float32)
+        state |= {"step": torch.tensor(0.0)} if parameter.dtype == torch.bfloat16 else {}  # for its rounding
     momentum = state["momentum_buffer"].lerp_(gradient.float(), 1 - MOMENTUM)
     direction = _direction(gradient.float().lerp(momentum, MOMENTUM))  # Nesterov's look ahead
-    with in_fp32(parameter, gradient) as weights:
+    step = state["step"].add_(1).item() if "step" in state else 0.0
+    with in_fp32(parameter, gradient, step) as weights:
         weights.mul_(1 - learning_rate * weight_decay)
         weights.add_(direction, alpha=-learning_rate * RMS_OF_ADAMW * max(parameter.shape[-2:]) ** 0.5)
 

@@ -17,10 +17,11 @@ NAMES = registry.names(optimizers)
 SHAPE = (64, 96)
 
 
-def test_rounding_takes_a_neighbour_and_keeps_the_mean() -> None:
+@pytest.mark.parametrize("noise", [1, 0], ids=["with a gradient", "without"])
+def test_rounding_takes_a_neighbour_and_keeps_the_mean(noise: int) -> None:
     torch.manual_seed(0)
     values = torch.randn(64)
-    rounded = torch.stack([round_at_random(values, torch.randn(64)).float() for _ in range(20_000)])
+    rounded = torch.stack([round_at_random(values, noise * torch.randn(64), step).float() for step in range(20_000)])
     low, high = rounded.amin(0), rounded.amax(0)
     step = high - low
     assert ((low <= values) & (values <= high)).all()
@@ -30,7 +31,7 @@ def test_rounding_takes_a_neighbour_and_keeps_the_mean() -> None:
 
 def test_what_bf16_can_hold_stays() -> None:
     values = torch.randn(1000).bfloat16()
-    assert torch.equal(round_at_random(values.float(), torch.randn(1000)), values)
+    assert torch.equal(round_at_random(values.float(), torch.randn(1000), 1), values)
 
 
 def twins(name: str, **settings: float) -> list[tuple[torch.nn.Linear, torch.optim.Optimizer]]:
@@ -65,6 +66,17 @@ def test_updates_smaller_than_a_bf16_step_add_up(name: str) -> None:
     assert float(moved.abs().mean()) / 100 < 0.1 * half_step  # rounded to the nearest number, most weights would never move
     assert float((moved_in_bf16 * moved).sum() / moved.square().sum()) == pytest.approx(1, abs=0.2)
     assert {tensor.dtype for tensor in other.state[kept.weight].values()} <= {torch.float32, torch.uint8}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_weight_without_gradients_decays(name: str) -> None:
+    """A word that never occurs, an expert that is never asked."""
+    for model, optimizer in twins(name, lr=1e-3, weight_decay=0.1):
+        before = float(model.weight.detach().float().abs().mean())
+        for _ in range(500):
+            model.weight.grad = torch.zeros_like(model.weight)
+            optimizer.step()
+        assert float(model.weight.detach().float().abs().mean()) / before == pytest.approx(0.951, abs=2e-3)  # (1 - 1e-4)^500
 
 
 @pytest.mark.parametrize("name", NAMES)
