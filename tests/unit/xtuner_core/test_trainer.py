@@ -80,6 +80,7 @@ VARIANTS = [
     {"optimizer": "adamw_8bit"},
     {"weights": "bf16"},
     {"weights": "bf16", "optimizer": "adamw_8bit"},
+    {"weights": "bf16", "optimizer": "muon"},
 ]
 
 
