@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from transformers import PreTrainedModel
 
 from xtuner_core.config import PROMPT_FILES, SftConfig
@@ -149,12 +150,18 @@ def _attend(model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def greedy(model: PreTrainedModel, prompt: list[int], most: int, ends: frozenset[int], device: torch.device) -> list[int]:
-    """The likeliest token again and again, until one of `ends` (which is included) or `most` tokens."""
+    """The likeliest token again and again, until one of `ends` (which is included) or `most` tokens.
+
+    Rank 0's choice is everybody's: if two GPUs rounded otherwise, ranks would end after different numbers of passes and wait for each
+    other.
+    """
     found: list[int] = []
     cache, ids = None, torch.tensor([prompt], device=device)
     while len(found) < most and not (found and found[-1] in ends):
         out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         cache, ids = out.past_key_values, out.logits[:, -1:].argmax(-1)
+        if dist.is_initialized():
+            dist.broadcast(ids, 0)
         found.append(int(ids))
     return found
 

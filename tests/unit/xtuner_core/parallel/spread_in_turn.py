@@ -1,4 +1,7 @@
-"""One rank under torchrun that builds one configuration after another and compares every tensor with those of a model it reads itself."""
+"""One rank under torchrun that builds one configuration after another and compares every tensor with those of a model it reads itself.
+
+At last the ranks have models of different minds, and answer alike.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,14 @@ from typing import Any
 
 import torch
 from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM
 
 from xtuner_core import adapters, registry
 from xtuner_core.build import build
 from xtuner_core.config import SftConfig
 from xtuner_core.models.load import load_model
-from xtuner_core.parallel.mesh import join_world
+from xtuner_core.parallel.mesh import gather_numbers, join_world
+from xtuner_core.samples import greedy
 
 
 def is_tied(model: Any) -> bool:
@@ -37,3 +42,7 @@ with join_world() as world:
                 assert part.requires_grad == tensor.requires_grad, name
         assert is_tied(model) == is_tied(expected)
         print(f"same on {world.rank}: {config.model_dir.name}", flush=True)
+    torch.manual_seed(world.rank)
+    own = AutoModelForCausalLM.from_config(expected.config, attn_implementation="sdpa").eval()
+    answer = greedy(own, [1, 2], 8, frozenset(), world.device)
+    assert gather_numbers(answer, world) == answer * world.size

@@ -1,4 +1,4 @@
-"""Weights that rank 0 reads alone reach every rank as they are in the file: fused experts, buffers, tied heads, adapters."""
+"""Weights that rank 0 reads reach every rank as they are in the file: fused experts, buffers, heads, adapters; answers are rank 0's."""
 
 from __future__ import annotations
 
