@@ -43,8 +43,8 @@ def linear_cross_entropy(
     """The same for the head `hidden @ matrix.T`, matrix `[vocabulary, hidden]`, with each chunk's gradients taken in the forward pass.
 
     The logits are computed once and turned into their gradient in place (as in Liger, Hsu et al., arXiv:2410.10989, and in XTuner V1's
-    chunk mode). `F.linear_cross_entropy` of torch 2.13 does the same, but sums a bf16 loss in bf16. The head's gradient is summed over chunks
-    in the head's precision, as autograd would.
+    chunk mode). `F.linear_cross_entropy` of torch 2.13 does the same, but sums a bf16 loss in bf16. The head's gradient is summed over
+    chunks in the head's precision, as autograd would.
     """
     if len(labels) == 0:
         return (hidden @ matrix.T).float().sum()  # zero, with gradients
