@@ -220,5 +220,5 @@ def test_a_flipped_byte_in_the_newest_checkpoint_means_the_one_before(new_run: N
 
 @pytest.mark.usefixtures("undisturbed")  # in the same worker as all that started one
 def test_no_process_of_ours_is_left() -> None:
-    mine = psutil.Process().children(recursive=True)
-    assert not [process for process in mine if "xtuner_core.sft" in " ".join(process.cmdline())]
+    running = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    assert not [command for command in running if "xtuner_core.sft" in command and "multiprocessing.forkserver" not in command]

@@ -230,14 +230,17 @@ def test_parts_done_by_processes_are_the_whole_file(cache: Cache, tmp_path: Path
     assert cache.leftovers() == [] and _workers() == []
 
 
+HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+
 def _workers() -> list[psutil.Process]:
-    """Our living children, without Python's own helper of spawned processes, one for the life of this one."""
+    """Our living children, without Python's own helpers of spawned processes, which live as long as this one."""
     return [one for one in psutil.Process().children(recursive=True) if _works(one)]
 
 
 def _works(process: psutil.Process) -> bool:
     try:
-        return process.status() != psutil.STATUS_ZOMBIE and "resource_tracker" not in " ".join(process.cmdline())
+        return process.status() != psutil.STATUS_ZOMBIE and not any(helper in " ".join(process.cmdline()) for helper in HELPERS)
     except psutil.Error:  # it ended while we looked
         return False
 
