@@ -26,6 +26,8 @@ STATE = {"adamw": 8.0, "adamw_8bit": 2.03, "muon": 4.0}
 """Bytes of optimizer state for each trained weight; an optimizer that is not listed counts as AdamW's two moments."""
 LOGIT = 8
 """Bytes of a logit, its logarithm of the softmax in fp32, and the gradient made of it (linear_cross_entropy.py)."""
+REUSE = {"cpu": 1.3, "cuda": 1.0}
+"""Of what a step kept, not all is used again by the next one, whose tensors have other sizes; measured for the CPU's allocator."""
 LIBRARIES = {"cpu": 0.45 * GIB, "cuda": 0.6 * GIB}
 """What a process takes with torch and transformers loaded, or a GPU with its context and the kernels' workspaces."""
 SHORT = 512
@@ -91,7 +93,7 @@ def memory(model: Model, train: TrainConfig, load: Load, device: str = "cpu") ->
         optimizer=stays * STATE.get(train.optimizer, 8.0) * parameters.trained,
         gradients=stays * WIDTH[train.weights] * parameters.trained * (2 if load.packs > 1 and _one_group(parameters, train) else 1),
         gathered=_gathered(parameters, model.widths.layers, train),
-        activations=load.tokens * _kept(model.widths, train, load, device),
+        activations=REUSE[device] * load.tokens * _kept(model.widths, train, load, device),
         logits=min(load.learned, train.loss_chunk) * model.widths.vocabulary * LOGIT,
         libraries=LIBRARIES[device],
     )
