@@ -36,8 +36,8 @@ from data import PROJECT, peers_python
 RESULTS = Path(__file__).resolve().parent / "results" / "train_cpu.json"
 RECIPE, QUICK_RECIPE = "smollm2_135m_instruct_lora_tickets_e3", "qwen3_tiny_full_openai"
 DATA = "data.train=[data/tickets/train.jsonl, data/openai_chats/train.jsonl]"
-LIMIT = 1500
-"""Seconds: no round is begun that would end later."""
+LONGEST = 600
+"""Seconds of one side."""
 SECONDS = 15
 """A slow side is measured for so long, but for two steps at least; so both rounds fit into the limit."""
 TOLERANCE = 0.005
@@ -60,6 +60,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=PROJECT / "artifacts", help="where the base model and the data are, or are made")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--documents", type=int, default=48, help="documents in a step")
+    parser.add_argument("--limit", type=float, default=1500, help="seconds; no round is begun that would end later")
     parser.add_argument("--quick", action="store_true", help="a tiny model, one round, two steps; writes nothing")
     arguments = parser.parse_args()
     began = time.monotonic()
@@ -69,7 +70,7 @@ def main() -> None:
         rounds = [run_round(jobs, arguments.threads, Path(scratch))]
         length = time.monotonic() - ready
         checks = check_losses(jobs, rounds[0], arguments.threads, Path(scratch))
-        while not arguments.quick and time.monotonic() - began + length < LIMIT:
+        while not arguments.quick and time.monotonic() - began + length < arguments.limit:
             rounds.append(run_round(jobs, arguments.threads, Path(scratch)))
     result = {
         **{method: {"sides": table(method, rounds), **checks[method]} for method in SIDES},
@@ -132,9 +133,9 @@ def run_side(side: str, job: Job, threads: int, scratch: Path) -> Json:
 
     file, around = job.write(scratch / "job.json"), environment(threads)
     if side == "ours":
-        found = ask(sys.executable, {**local.environment(1), **around}, LIMIT, "train_ours.py", file)
+        found = ask(sys.executable, {**local.environment(1), **around}, LONGEST, "train_ours.py", file)
     else:
-        found = ask(peers_python() if side.startswith("trl") else sys.executable, around, LIMIT, "train_peers.py", side, file)
+        found = ask(peers_python() if side.startswith("trl") else sys.executable, around, LONGEST, "train_peers.py", side, file)
     if "failed" in found:
         raise SystemExit(f"{side}: {found['failed']}")
     return found

@@ -149,4 +149,9 @@ def _report(work_dir: Path | None, error: UserError) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    status = main()
+    if "torch" not in sys.modules:  # it ended early
+        sys.exit(status)
+    from xtuner_core.parallel.mesh import leave
+
+    leave(status)

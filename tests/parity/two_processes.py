@@ -22,7 +22,7 @@ from xtuner_core.config import TrainConfig
 from xtuner_core.durable import write_json
 from xtuner_core.guards import History, judge
 from xtuner_core.optim.optimizer import make_optimizer, set_learning_rate
-from xtuner_core.parallel.mesh import World, join_world
+from xtuner_core.parallel.mesh import World, join_world, leave
 
 BF16 = "-bf16"
 SETTINGS = {"lr": 1e-2, "weight_decay": 0.1}
@@ -111,3 +111,4 @@ def judge_differently(world: World) -> History:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]), sys.argv[2:])
+    leave(0)

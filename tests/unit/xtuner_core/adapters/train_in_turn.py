@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xtuner_core import determinism
 from xtuner_core.config import SftConfig
-from xtuner_core.parallel.mesh import join_world
+from xtuner_core.parallel.mesh import join_world, leave
 from xtuner_core.signals import StopRequest
 from xtuner_core.trainer import train
 
@@ -15,3 +15,4 @@ determinism.apply(determinism.switches())
 with join_world() as world:
     for file in sys.argv[1:]:
         train(SftConfig.model_validate_json(Path(file).read_text(encoding="utf-8")), world, StopRequest())
+leave(0)

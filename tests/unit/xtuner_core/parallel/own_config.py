@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 
+from xtuner_core.parallel.mesh import leave
 from xtuner_core.sft import main
 
-sys.exit(main(["--config", f"{sys.argv[1]}/config-{os.environ['RANK']}.json"]))
+leave(main(["--config", f"{sys.argv[1]}/config-{os.environ['RANK']}.json"]))

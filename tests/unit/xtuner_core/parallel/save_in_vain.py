@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from xtuner_core.checkpoint import store
 from xtuner_core.errors import StorageError
-from xtuner_core.parallel.mesh import join_world
+from xtuner_core.parallel.mesh import join_world, leave
 
 with join_world() as world:
     for group in (None, cast(dist.ProcessGroup, dist.new_group(backend="gloo"))):
@@ -19,3 +19,4 @@ with join_world() as world:
             store.save(Path(sys.argv[1], "step-1"), {"a": torch.ones(3)}, {"step": 1}, world, group)
         except StorageError as error:
             print(f"on {world.rank}: {error}", flush=True)
+leave(0)

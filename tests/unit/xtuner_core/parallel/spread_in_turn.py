@@ -17,7 +17,7 @@ from xtuner_core import adapters, registry
 from xtuner_core.build import build
 from xtuner_core.config import SftConfig
 from xtuner_core.models.load import load_model
-from xtuner_core.parallel.mesh import gather_numbers, join_world
+from xtuner_core.parallel.mesh import gather_numbers, join_world, leave
 from xtuner_core.samples import greedy
 
 
@@ -46,3 +46,4 @@ with join_world() as world:
     own = AutoModelForCausalLM.from_config(expected.config, attn_implementation="sdpa").eval()
     answer = greedy(own, [1, 2], 8, frozenset(), world.device)
     assert gather_numbers(answer, world) == answer * world.size
+leave(0)
