@@ -11,8 +11,10 @@ from pathlib import Path
 from types import FrameType
 from typing import Annotated
 
-from cyclopts import App, CycloptsError, Group, Parameter
+from cyclopts import App, CycloptsError, Parameter
 
+from pipelines.commands import chat, convert, environments
+from pipelines.commands.recipe_options import DEFAULT_STORE, STAGES, Overrides, RecipeName, StoreDir, run_stage
 from xtuner_core.errors import BUG, RecipeError, UserError, from_os_error
 
 INTERRUPTED = 75
@@ -27,20 +29,14 @@ def _version() -> str:
         return "not installed"
 
 
-_STAGES = Group("One stage (and what it needs), without Prefect")
 app = App(
     name="xtuner",
     help="Fine-tune a language model: prepare → train → convert → eval → chat, a verifiable artifact after every stage.",
     version=_version,
     version_flags=["--version"],
 )
-env = App(name="env", help="Environments of tools whose pins contradict ours (OpenCompass).")
-app.command(env)
-
-RecipeName = Annotated[str, Parameter(help="A shipped recipe's name (see list-cfg), or a YAML file.")]
-Overrides = Annotated[list[str] | None, Parameter(name="--set", negative=(), help="Change a field, e.g. train.total_step=20; repeatable.")]
-StoreDir = Annotated[Path, Parameter(help="Artifact store.")]
-DEFAULT_STORE = Path("artifacts")
+for commands in (convert.app, chat.app, environments.app):
+    app.command(commands)
 
 _PREFECT_DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -107,59 +103,23 @@ def run(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DE
     os.execve(sys.executable, [sys.executable, "-m", "flows.finetune", recipe, *options], {**_PREFECT_DEFAULTS, **os.environ})
 
 
-def _stage(name: str, recipe: str, overrides: list[str] | None, store: Path) -> None:
-    from pipelines.artifacts import Store
-    from pipelines.recipe import load_recipe
-    from pipelines.runner import run_until
-
-    result = run_until(name, load_recipe(recipe, overrides or []), Store(store), lambda message: print(message, flush=True))
-    for field, value in result.artifact.metrics.items():
-        if isinstance(value, (int, float, str)):
-            print(f"  {field}: {value}")
-
-
-@app.command(group=_STAGES)
+@app.command(group=STAGES)
 def prepare(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
     """Files of conversations → packed token ids with loss masks, and a report."""
-    _stage("prepare", recipe, overrides, store)
+    run_stage("prepare", recipe, overrides, store)
 
 
-@app.command(group=_STAGES)
+@app.command(group=STAGES)
 def train(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
     """Packed data → trained weights, by torchrun; resumes an interrupted run."""
-    _stage("train", recipe, overrides, store)
+    run_stage("train", recipe, overrides, store)
 
 
-@app.command(group=_STAGES)
-def convert(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
-    """Trained weights → adapter and merged Hugging Face folder, verified."""
-    _stage("convert", recipe, overrides, store)
-
-
-@app.command(name="eval", group=_STAGES)
+@app.command(name="eval", group=STAGES)
 def evaluate(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
     """Judge base and tuned model on the held-out sets."""
-    _stage("eval-base", recipe, overrides, store)
-    _stage("eval", recipe, overrides, store)
-
-
-@app.command(group=_STAGES)
-def chat(
-    target: Annotated[str, Parameter(help="A recipe (runs the smoke test), or a model folder (talk to it).")],
-    *,
-    overrides: Overrides = None,
-    store: StoreDir = DEFAULT_STORE,
-    system: str | None = None,
-    max_tokens: int = 512,
-    temperature: float = 0.0,
-) -> None:
-    """Ask the exported model held-out questions; or, given a model folder, talk to it in the terminal."""
-    if Path(target).is_dir():
-        from pipelines.terminal_chat import converse
-
-        converse(Path(target), system, max_tokens, temperature)
-    else:
-        _stage("chat", target, overrides, store)
+    run_stage("eval-base", recipe, overrides, store)
+    run_stage("eval", recipe, overrides, store)
 
 
 @app.command
@@ -218,29 +178,6 @@ def verify(*, store: StoreDir = DEFAULT_STORE) -> None:
     print(f"{whole} artifacts are whole")
     if damaged:
         raise DataError("\n".join(damaged) + "\nThe next run that needs them rebuilds them.")
-
-
-@env.command
-def create(name: str, *, torch_index_url: str | None = None) -> None:
-    """Build an environment if it is not there, and print its Python.
-
-    Parameters
-    ----------
-    torch_index_url
-        Where pip finds torch (the CPU wheels, say), if not in its configured sources.
-    """
-    from pipelines.environments import ensure
-
-    print(ensure(name, lambda message: print(message, file=sys.stderr), torch_index_url))
-
-
-@env.command(name="list")
-def list_() -> None:
-    """List the known environments and whether they are built."""
-    from pipelines.environments import list_environments
-
-    for state in list_environments():
-        print(f"{state.name:<12} {'complete' if state.complete else 'not built':<10} {state.path}")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from xtuner_core.config import Config, DataConfig, TrainConfig
 from xtuner_core.errors import RecipeError
@@ -40,33 +40,60 @@ class ConvertConfig(Config):
 
 
 class EvalDataset(Config):
-    """One held-out set of single-turn conversations; the model's answer must equal the assistant's text."""
+    """One set of held-out samples, and how they are asked."""
 
-    name: str = Field(pattern=r"^[a-z0-9_]+$", description="Name in the scores.")
-    path: str = Field(description="OpenAI chat JSONL.")
+    name: str = Field(pattern=r"^[a-z0-9_]+$", description="Name in the scores; of kind collection, OpenCompass' own name of the set.")
+    kind: str = Field(default="qa", description="How it is asked and counted; the evaluators offer the kinds.")
+    path: str | None = Field(default=None, description="The samples; a kind that brings its own needs none.")
     max_out_len: int = Field(default=16, ge=1, description="Tokens the model may answer with.")
 
 
-class EvalConfig(Config):
-    """How base and tuned model are judged."""
+class GateRule(Config):
+    """What a candidate must reach to be promoted."""
 
-    evaluator: str = Field(default="opencompass", description="A module of pipelines/evaluators.")
-    datasets: tuple[EvalDataset, ...] = Field(min_length=1)
+    dataset: str = Field(description="Name of a data set.")
+    against: Literal["base", "production"] = Field(default="base", description="Whose figure it is compared with.")
+    beat_by: float | None = Field(default=None, ge=0, description="At least so much better, in the data set's unit (percentage points).")
+    lose_at_most: float | None = Field(default=None, ge=0, description="At most so much worse, in the data set's unit.")
+    sure: bool = Field(default=False, description="The whole confidence interval must satisfy the rule, not only the measured figure.")
+
+    @model_validator(mode="after")
+    def _one_demand(self) -> GateRule:
+        if (self.beat_by is None) == (self.lose_at_most is None):
+            raise ValueError("a rule says either beat_by or lose_at_most")
+        return self
+
+
+class EvalConfig(Config):
+    """How base, production and tuned model are judged."""
+
+    suites: tuple[str, ...] = Field(default=(), description="Shipped suites (pipelines/suites) or YAML files with lists of data sets.")
+    datasets: tuple[EvalDataset, ...] = Field(default=(), description="Data sets beside those of the suites.")
+    engine: str = Field(
+        default="in_process",
+        description="Where OpenCompass finds the model: in_process, served (by the recipe's chat server), or the URL of an OpenAI API.",
+    )
     batch_size: int = Field(default=16, ge=1, description="Prompts answered together.")
     limit: int | None = Field(default=None, ge=1, description="Judge only the first so many samples of each set.")
     timeout: int = Field(default=3600, ge=60, description="Seconds before the evaluation counts as hung.")
+    production: str | None = Field(default=None, description="Folder of the model in use today, to compare with; none if not given.")
+    confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Of the intervals around differences.")
+    gate: tuple[GateRule, ...] = Field(default=(), description="Demands on the tuned model; all must hold for its promotion.")
 
 
 class ChatConfig(Config):
     """The smoke test: the exported model is served and asked."""
 
-    chatter: str = Field(default="transformers_serve", description="A module of pipelines/chatters.")
-    prompts: str = Field(description="OpenAI chat JSONL with held-out conversations; the assistant's text is the right answer.")
+    chatter: str = Field(default="auto", description="A module of pipelines/chatters; auto: lmdeploy where it can run, else transformers.")
+    smoke: str | None = Field(default=None, description="Prompts with expectations: a shipped list (pipelines/smoke) or a YAML file.")
+    prompts: str | None = Field(default=None, description="OpenAI chat JSONL with held-out conversations, whose answers must be right.")
     count: int = Field(default=10, ge=1, description="How many of them are asked, spread evenly over the file.")
     max_tokens: int = Field(default=32, ge=1, description="Longest answer, in tokens.")
-    min_correct: float = Field(default=0.8, ge=0, le=1, description="Share of the answers that must be right.")
+    min_correct: float = Field(default=0.8, ge=0, le=1, description="Share of the held-out answers that must be right.")
     must_stop: bool = Field(default=True, description="Every answer must end by itself, before max_tokens.")
+    url: str | None = Field(default=None, description="For chatter openai: the server's address, such as http://127.0.0.1:8000/v1.")
     port: int | None = Field(default=None, ge=1, le=65535, description="Port of the server on loopback (a free one if not given).")
+    start_timeout: int = Field(default=900, ge=1, description="Seconds until the server must be healthy; a large model may come slowly.")
 
 
 class Recipe(Config):

@@ -1,12 +1,34 @@
-"""How a model is served for chat: one module each with `serve(...)`; a module is found by its name.
+"""How a model is served: one module each, found by its name. A module has:
 
-`serve(model_dir, port, log_file, log)` is a context manager: inside it the model answers at the `Endpoint` it yields, after it the
-server and all its children are gone. `port` None means a free one; the server's own output goes to `log_file`.
+* `serve(request, log_file, log)`, a context manager: inside it the model answers at the `Endpoint` it yields, after it the server and
+  all its children are gone, also if we are killed; the server's own output goes to `log_file`
+* `unavailable() -> str | None`: why this machine cannot run it, and what to do; None if it can
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
+
+LOOPBACK = "127.0.0.1"
+START_SECONDS = 900
+"""A large model may come from a slow disk."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What is served, and where."""
+
+    model_dir: Path
+    host: str = LOOPBACK
+    port: int | None = None
+    """None: a free one."""
+    token: str | None = None
+    """Clients must send it (`Authorization: Bearer`); needed for any host but loopback."""
+    start_timeout: int = START_SECONDS
+    """Seconds until the server must be healthy."""
+    url: str | None = None
+    """A server that runs already (chatter openai)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,3 +38,4 @@ class Endpoint:
     base_url: str
     model: str
     """The name that requests must give."""
+    api_key: str = "none"

@@ -1,12 +1,33 @@
-"""How a model is judged: a module is found by its name, and has two functions:
+"""How a model is judged: one module for each evaluator, found by the kinds of data set it offers. A module has:
 
-* `evaluate(model_dir, config, work, log) -> dict[data set's name, DatasetScore]`; `work` is an empty folder for its records
+* `KINDS: Mapping[str, str]`, kind of data set → what is asked and counted, in a line; a kind belongs to one module
+* `evaluate(model_dir, datasets, config, endpoint, work, log) -> dict[data set's name, DatasetScore]`: `endpoint` is where the model is
+  served if `eval.engine` says so, else None; `work` is an empty folder for its records
 * `versions() -> dict[str, str]`: the software besides ours that decides the answers; a change of it evaluates again
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Metric:
+    """How a data set's figure is told."""
+
+    unit: str
+    scale: float
+    """The figure is the mean of the samples' scores times this."""
+    higher_is_better: bool
+
+
+METRICS: Mapping[str, Metric] = {
+    "accuracy": Metric("%", 100.0, True),
+    "loss": Metric("nats per token", 1.0, False),
+}
+"""Other names, as OpenCompass reports them, are figures where more is better."""
+OTHER = Metric("", 1.0, True)
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,21 +37,31 @@ class Sample:
     question: str
     expected: str
     answer: str
-    correct: bool
+    score: float
+    """Of an accuracy 1.0 or 0.0; of a loss the nats per token."""
+    weight: float = 1.0
+    """Its share in the mean: of a loss the learned tokens."""
+
+    @property
+    def correct(self) -> bool:
+        return self.score == 1.0
 
 
 @dataclass(frozen=True, slots=True)
 class DatasetScore:
     """A data set's result, samples in the order of its file."""
 
-    accuracy: float
-    """Percent of the samples that are correct, 0 to 100."""
+    metric: str
     samples: tuple[Sample, ...]
+    reported: float | None = None
+    """The figure itself where the evaluator tells no scores of samples."""
+    extras: Mapping[str, float] = field(default_factory=dict)
+    """Further figures, such as `perplexity`."""
 
     @property
-    def correct(self) -> int:
-        return sum(sample.correct for sample in self.samples)
-
-    @property
-    def total(self) -> int:
-        return len(self.samples)
+    def value(self) -> float:
+        """The data set's figure, in the metric's unit."""
+        if self.reported is not None:
+            return self.reported
+        total = sum(sample.weight for sample in self.samples)
+        return METRICS.get(self.metric, OTHER).scale * sum(sample.score * sample.weight for sample in self.samples) / total
