@@ -8,6 +8,7 @@ rope parameters are looked up at the old place, so theta falls back to 10000; `T
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -44,6 +45,35 @@ def make_portable(folder: Path) -> None:
     _rewrite(folder / "generation_config.json", lambda config: _without(config, "_from_model_config"))
 
 
+_TEXTS = (".json", ".jinja", ".txt", ".model", ".tiktoken")
+
+
+def copy_texts(base: Path, folder: Path, dtype: str | None = None) -> None:
+    """Give weights the config, generation config, tokenizer, chat template and licence of the model they were made from.
+
+    A file that is in `folder` already stays as it is; then `make_portable`. `dtype` ("bfloat16") is what config.json says of the weights.
+
+    Raises:
+        DataError: one of the files is not JSON.
+    """
+    for path in sorted(base.iterdir()):
+        is_text = path.suffix in _TEXTS and not path.name.endswith(".index.json") or path.stem in ("LICENSE", "NOTICE")
+        if is_text and path.is_file() and not (folder / path.name).exists():
+            shutil.copyfile(path, folder / path.name)
+    if dtype:
+        _rewrite(folder / "config.json", lambda config: _with_dtype(config, dtype))
+    make_portable(folder)
+
+
+def _with_dtype(config: Json, dtype: str) -> Json:
+    nested = {name: _with_dtype(value, dtype) for name, value in config.items() if _is_part(name, value) and "dtype" in value}
+    return config | nested | {"dtype": dtype}
+
+
+def _is_part(name: str, value: Any) -> bool:
+    return name.endswith("_config") and isinstance(value, dict)
+
+
 def _rewrite(file: Path, change: Callable[[Json], Json]) -> None:
     if not file.is_file():
         return
@@ -59,7 +89,7 @@ def _without(config: Json, *names: str) -> Json:
 
 
 def _portable_config(config: Json) -> Json:
-    nested = {name: _portable_config(value) for name, value in config.items() if name.endswith("_config") and isinstance(value, dict)}
+    nested = {name: _portable_config(value) for name, value in config.items() if _is_part(name, value)}
     dtype = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
     return config | nested | dtype | _old_rope(config.get("rope_parameters") or {})
 
