@@ -57,7 +57,7 @@ def copy_texts(base: Path, folder: Path, dtype: str | None = None) -> None:
         DataError: one of the files is not JSON.
     """
     for path in sorted(base.iterdir()):
-        is_text = path.suffix in _TEXTS and not path.name.endswith(".index.json") or path.stem in ("LICENSE", "NOTICE")
+        is_text = (path.suffix in _TEXTS and not path.name.endswith(".index.json")) or path.stem in ("LICENSE", "NOTICE")
         if is_text and path.is_file() and not (folder / path.name).exists():
             shutil.copyfile(path, folder / path.name)
     if dtype:
