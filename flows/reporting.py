@@ -58,7 +58,7 @@ def _result(name: str, summary: Mapping[str, Any], results: Mapping[str, Result]
             return f"{metrics['tensors']} tensors verified, {metrics['next_token_agreement']:.1%} of next tokens kept"
         case "eval":
             base, tuned = summary["scores"]["base"], summary["scores"]["tuned"]
-            return ", ".join(f"{dataset}: base {base[dataset]:.1f} % → tuned {tuned[dataset]:.1f} %" for dataset in tuned)
+            return ", ".join(f"{dataset}: base {base[dataset]:.4g} → tuned {tuned[dataset]:.4g}" for dataset in tuned)
         case _:
             why = "".join(f"; {reason}" for reason in summary["chat"]["why"])
             return f"{metrics['passed']} of {metrics['total']} answers right{why}"

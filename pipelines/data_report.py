@@ -19,6 +19,7 @@ from pipelines.preview import Prepared, choose, marked, rejected_rows, short
 from pipelines.recipe import Recipe, resolve_path
 from pipelines.report_page import page
 from pipelines.stage import Metrics
+from pipelines.suites import chosen
 from xtuner_core.durable import write_bytes, write_json
 from xtuner_core.errors import DataError
 
@@ -187,9 +188,11 @@ def _leakage(prepared: Prepared, recipe: Recipe) -> list[dict[str, Any]]:
 def _heldout_files(recipe: Recipe) -> dict[Path, list[str]]:
     """Held-out file → what the recipe uses it for."""
     uses: dict[Path, list[str]] = {}
-    for dataset in recipe.eval.datasets:
-        uses.setdefault(resolve_path(dataset.path), []).append(f"eval {dataset.name}")
-    uses.setdefault(resolve_path(recipe.chat.prompts), []).append("chat")
+    for one in chosen(recipe.eval):
+        if one.dataset.path is not None:
+            uses.setdefault(Path(one.dataset.path), []).append(f"eval {one.dataset.name}")
+    if recipe.chat.prompts is not None:
+        uses.setdefault(resolve_path(recipe.chat.prompts), []).append("chat")
     return uses
 
 

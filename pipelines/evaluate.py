@@ -1,73 +1,133 @@
-"""Stage eval: how many held-out questions the model answers exactly right.
+"""Stage eval: what the model makes of every data set of the recipe.
 
-payload/scores.json     per data set: accuracy in percent, counts, and every sample with the model's answer
+payload/scores.json     per data set: its figure, how it is told, and every sample with the model's answer
 record/<evaluator>/     the evaluator's own settings, logs and summary
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from pipelines import evaluators
-from pipelines.evaluators import DatasetScore
-from pipelines.recipe import Recipe, resolve_path
+from pipelines.evaluators import METRICS, OTHER, DatasetScore
+from pipelines.recipe import EvalDataset, Recipe
 from pipelines.stage import Metrics, Stage, Work
+from pipelines.suites import Chosen, chosen
 from xtuner_core import registry
 from xtuner_core.durable import write_json
-from xtuner_core.errors import DataError
+from xtuner_core.errors import DataError, RecipeError
 
 
 def run(recipe: Recipe, work: Work) -> Metrics:
-    """Judge the model in `inputs["model"]/model`; metrics: data set → accuracy in percent.
+    """Judge the model in `inputs["model"]/model`; metrics: `scores`, data set → figure in its metric's unit.
 
     Raises:
-        RecipeError: unknown evaluator.
-        DataError: bad held-out data, or the evaluator failed.
-        StorageError: the evaluator's environment cannot be built.
+        RecipeError: unknown suite or kind of data set.
+        DataError: bad held-out data, or an evaluator failed.
+        StorageError: an evaluator's environment cannot be built.
     """
-    evaluator = registry.find(evaluators, recipe.eval.evaluator)
-    folder = work.record / recipe.eval.evaluator
-    folder.mkdir()
-    scores = evaluator.evaluate(work.inputs["model"] / "model", recipe.eval, folder, work.log)
-    write_json(work.payload / "scores.json", {"datasets": {name: _as_json(score) for name, score in scores.items()}})
+    asked, found = chosen(recipe.eval), {}
+    for name, datasets in _by_evaluator(asked).items():
+        folder = work.record / name
+        folder.mkdir()
+        found |= _module(name).evaluate(work.inputs["model"] / "model", datasets, recipe.eval, None, folder, work.log)
+    scores = {one.dataset.name: found[one.dataset.name] for one in asked}
+    write_json(work.payload / "scores.json", {"datasets": {one.dataset.name: _as_json(one, scores[one.dataset.name]) for one in asked}})
     for name, score in scores.items():
-        work.log(f"{name}: {score.correct} of {score.total} correct ({score.accuracy:.1f} %)")
-    return {"scores": {name: score.accuracy for name, score in scores.items()}}
+        work.log(f"{name}: {told(score)}")
+    return {"scores": {name: score.value for name, score in scores.items()}}
 
 
-def _as_json(score: DatasetScore) -> dict[str, Any]:
+def told(score: DatasetScore) -> str:
+    """A data set's figure in words."""
+    figure = f"{score.metric} {score.value:.4g} {METRICS.get(score.metric, OTHER).unit}".rstrip()
+    if score.metric != "accuracy" or not score.samples:
+        return figure
+    return f"{figure} ({sum(sample.correct for sample in score.samples)} of {len(score.samples)})"
+
+
+def _as_json(one: Chosen, score: DatasetScore) -> dict[str, Any]:
+    metric = METRICS.get(score.metric, OTHER)
     samples = [
-        {"question": sample.question, "expected": sample.expected, "answer": sample.answer, "correct": sample.correct}
+        {
+            "question": sample.question,
+            "expected": sample.expected,
+            "answer": sample.answer,
+            "score": sample.score,
+            "weight": sample.weight,
+            "correct": sample.correct,
+        }
         for sample in score.samples
     ]
-    return {"accuracy": score.accuracy, "correct": score.correct, "total": score.total, "samples": samples}
+    return {
+        "metric": score.metric,
+        "unit": metric.unit,
+        "scale": metric.scale,
+        "higher_is_better": metric.higher_is_better,
+        "value": score.value,
+        "kind": one.dataset.kind,
+        "suite": one.suite,
+        "extras": dict(score.extras),
+        "samples": samples,
+    }
+
+
+def offered() -> dict[str, str]:
+    """Kind of data set → the evaluator that has it."""
+    return {kind: name for name in registry.names(evaluators) for kind in _module(name).KINDS}
+
+
+def _module(name: str) -> ModuleType:
+    return registry.find(evaluators, name)
+
+
+def _by_evaluator(asked: tuple[Chosen, ...]) -> dict[str, list[EvalDataset]]:
+    """RecipeError if no evaluator has a kind."""
+    known = offered()
+    found: dict[str, list[EvalDataset]] = {}
+    for one in asked:
+        kind = one.dataset.kind
+        if kind not in known:
+            raise RecipeError(f"data set {one.dataset.name}: {kind!r} is not one of the kinds: {', '.join(sorted(known))}.")
+        found.setdefault(known[kind], []).append(one.dataset)
+    return found
 
 
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides the answers; not the files' paths (their contents count) and not the timeout."""
+    asked = chosen(recipe.eval)
     return {
-        "evaluator": recipe.eval.evaluator,
-        "versions": registry.find(evaluators, recipe.eval.evaluator).versions(),
-        "datasets": [{"name": dataset.name, "max_out_len": dataset.max_out_len} for dataset in recipe.eval.datasets],
+        "datasets": [one.dataset.model_dump(exclude={"path"}) | {"suite": one.suite} for one in asked],
+        "versions": {name: _module(name).versions() for name in _by_evaluator(asked)},
         "batch_size": recipe.eval.batch_size,
         "limit": recipe.eval.limit,
     }
 
 
 def files(recipe: Recipe) -> list[Path]:
-    """The held-out files.
+    """The files with samples.
 
     Raises:
-        DataError: one is missing.
+        RecipeError: as `chosen`; a kind that no evaluator has.
+        DataError: a file is missing.
     """
-    return [_existing(index, resolve_path(dataset.path)) for index, dataset in enumerate(recipe.eval.datasets)]
+    asked = chosen(recipe.eval)
+    _by_evaluator(asked)
+    return [file for one in asked for file in _files(one.dataset)]
 
 
-def _existing(index: int, path: Path) -> Path:
-    if not path.is_file():
-        raise DataError(f"{path}: no such file. Correct eval.datasets[{index}].path in the recipe.")
-    return path
+def _files(dataset: EvalDataset) -> list[Path]:
+    """A folder means all files in it."""
+    if dataset.path is None:
+        if _module(offered()[dataset.kind]).KINDS[dataset.kind].needs_path:
+            raise RecipeError(f"data set {dataset.name}: kind {dataset.kind} needs a path to its samples.")
+        return []
+    path = Path(dataset.path)
+    if not path.exists():
+        raise DataError(f"{path}: no such file. Correct the path of data set {dataset.name} in the recipe or suite.")
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-STAGE = Stage(name="eval", version=1, run=run, settings=settings, files=files)
+STAGE = Stage(name="eval", version=2, run=run, settings=settings, files=files)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipelines import base_model, chat, chatters, convert, evaluate, evaluators, launchers, prepare, train
+from pipelines import base_model, chat, chatters, convert, evaluate, launchers, prepare, train
 from pipelines.artifacts import Artifact, Damaged, Store, key_of
 from pipelines.recipe import Recipe
 from pipelines.stage import Stage
@@ -52,14 +52,14 @@ def check(recipe: Recipe) -> None:
     """Tell a wrong name or a missing file before the first stage runs, not hours later.
 
     Raises:
-        RecipeError: a name that no module has, or a tracker whose package is not installed.
+        RecipeError: a name that no module has, a suite or kind of data set that is not known, or a tracker whose package is not installed.
         DataError: a file that is not there.
     """
     asked = {recipe.data.format, *(source.format for source in recipe.data.train)} - {"auto", None}
     named = [(launchers, recipe.train.launcher), *((formats, name) for name in sorted(name for name in asked if name))]
     named += [(packing, recipe.data.packing), (adapters, recipe.train.method)]
     named += [(optimizers, recipe.train.optimizer), (schedules, recipe.train.scheduler)]
-    named += [(evaluators, recipe.eval.evaluator), (chatters, recipe.chat.chatter)]
+    named += [(chatters, recipe.chat.chatter)] if recipe.chat.chatter != "auto" else []
     named += [(templates, recipe.model.template)] if recipe.model.template not in (None, templates.OWN) else []
     for package, name in named:
         registry.require(package, name)

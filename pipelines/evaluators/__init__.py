@@ -1,8 +1,8 @@
 """How a model is judged: one module for each evaluator, found by the kinds of data set it offers. A module has:
 
-* `KINDS: Mapping[str, str]`, kind of data set → what is asked and counted, in a line; a kind belongs to one module
-* `evaluate(model_dir, datasets, config, endpoint, work, log) -> dict[data set's name, DatasetScore]`: `endpoint` is where the model is
-  served if `eval.engine` says so, else None; `work` is an empty folder for its records
+* `KINDS: Mapping[str, Kind]`, the kinds of data set it offers; a kind belongs to one module
+* `evaluate(model_dir, datasets, config, endpoint, work, log) -> dict[data set's name, DatasetScore]`: `datasets` have absolute paths;
+  `endpoint` is where the model is served if `eval.engine` says so, else None; `work` is an empty folder for its records
 * `versions() -> dict[str, str]`: the software besides ours that decides the answers; a change of it evaluates again
 """
 
@@ -10,6 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """A way to ask and count."""
+
+    about: str
+    """In a line, for `xtuner list-suites`."""
+    needs_path: bool = True
+    served: bool = False
+    """It can be asked of a server (`eval.engine`); the others run in this machine's memory."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,15 +13,17 @@ from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
+from pipelines.chatters import Endpoint
 from pipelines.environments import KNOWN, ensure, pinned_versions
-from pipelines.evaluators import DatasetScore, Sample
+from pipelines.evaluators import DatasetScore, Kind, Sample
 from pipelines.heldout import HeldOut, read_heldout
 from pipelines.processes import child, follow, tail
-from pipelines.recipe import EvalConfig, EvalDataset, resolve_path
+from pipelines.recipe import EvalConfig, EvalDataset
 from pipelines.stage import Log
 from xtuner_core.durable import remove, write_bytes, write_json
 from xtuner_core.errors import DataError
 
+KINDS = {"qa": Kind("conversations; the share of answers that equal the expected text", served=True)}
 ENVIRONMENT = "opencompass"
 MODEL = "model"
 """What OpenCompass calls the model in its output folders."""
@@ -39,20 +41,22 @@ def versions() -> dict[str, str]:
     return {name: pins[name] for name in ("opencompass", "torch", "transformers", "tokenizers", "numpy")}
 
 
-def evaluate(model_dir: Path, config: EvalConfig, work: Path, log: Log) -> dict[str, DatasetScore]:
+def evaluate(
+    model_dir: Path, datasets: Sequence[EvalDataset], config: EvalConfig, endpoint: Endpoint | None, work: Path, log: Log
+) -> dict[str, DatasetScore]:
     """Ask the model every held-out question, greedily, and count the answers that equal the expected text.
 
     Raises:
         DataError: a data set is unusable, the model folder is none, or OpenCompass failed (with the end of its log).
         StorageError: its environment cannot be built.
     """
-    asked = {dataset.name: questions(dataset, config.limit) for dataset in config.datasets}
+    asked = {dataset.name: questions(dataset, config.limit) for dataset in datasets}
     context = context_length(model_dir)
     python = ensure(ENVIRONMENT, log)
     for name, samples in asked.items():
         write_questions(work / "questions" / f"{name}.jsonl", samples)
     with_system = {name for name, samples in asked.items() if system(samples[0]) is not None}
-    write_json(work / "config.json", experiment(model_dir, config, work / "questions", context, with_system))
+    write_json(work / "config.json", experiment(model_dir, datasets, config.batch_size, work / "questions", context, with_system))
     _run(python, work, config.timeout, log)
     return {name: read_score(work, name, samples) for name, samples in asked.items()}
 
@@ -63,7 +67,7 @@ def questions(dataset: EvalDataset, limit: int | None) -> list[HeldOut]:
     Raises:
         DataError: the file is unreadable or a conversation is not one question and one answer; names file and line.
     """
-    path = resolve_path(dataset.path)
+    path = Path(str(dataset.path))
     samples = read_heldout(path)[:limit]
     for sample in samples:
         roles = [message["role"] for message in sample.messages]
@@ -113,7 +117,9 @@ def write_questions(path: Path, samples: Sequence[HeldOut]) -> None:
     write_bytes(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
 
 
-def experiment(model_dir: Path, config: EvalConfig, folder: Path, context: int, with_system: Collection[str] = ()) -> dict[str, Any]:
+def experiment(
+    model_dir: Path, datasets: Sequence[EvalDataset], batch_size: int, folder: Path, context: int, with_system: Collection[str] = ()
+) -> dict[str, Any]:
     """OpenCompass' configuration as plain data (its usual form is a Python file that is executed).
 
     `with_system` names the data sets whose questions stand behind a system message.
@@ -129,11 +135,11 @@ def experiment(model_dir: Path, config: EvalConfig, folder: Path, context: int, 
                 "tokenizer_kwargs": {"trust_remote_code": False},
                 "generation_kwargs": {"do_sample": False},
                 "max_seq_len": context,
-                "batch_size": config.batch_size,
+                "batch_size": batch_size,
                 "run_cfg": {"num_gpus": 0},
             }
         ],
-        "datasets": [_dataset(dataset, folder / f"{dataset.name}.jsonl", dataset.name in with_system) for dataset in config.datasets],
+        "datasets": [_dataset(dataset, folder / f"{dataset.name}.jsonl", dataset.name in with_system) for dataset in datasets],
     }
 
 
@@ -222,10 +228,10 @@ def read_score(work: Path, name: str, samples: Sequence[HeldOut]) -> DatasetScor
         raise _failure(work, f"answered {len(predictions)} of the {len(samples)} questions of {name}")
     by_index = dict(zip(order(samples), predictions, strict=True))
     judged = tuple(_judge(sample, by_index[index], work) for index, sample in enumerate(samples))
-    accuracy = 100.0 * sum(sample.correct for sample in judged) / len(judged)
-    if not isinstance(reported, int | float) or abs(accuracy - reported) > 1e-6:
-        raise _failure(work, f"reports accuracy {reported!r} for {name}, but its answers have {accuracy}")
-    return DatasetScore(accuracy, judged)
+    score = DatasetScore("accuracy", judged)
+    if not isinstance(reported, int | float) or abs(score.value - reported) > 1e-6:
+        raise _failure(work, f"reports accuracy {reported!r} for {name}, but its answers have {score.value}")
+    return score
 
 
 _ROLES = {"system": "SYSTEM", "user": "HUMAN"}
@@ -237,7 +243,7 @@ def _judge(sample: HeldOut, prediction: dict[str, Any], work: Path) -> Sample:
     if (asked, prediction["gold"]) != (meant, sample.expected):
         raise _failure(work, f"changed the sample of line {sample.line}: {meant!r} became {asked!r}")
     answer = str(prediction["prediction"])
-    return Sample(question(sample), sample.expected, answer, answer == sample.expected)
+    return Sample(question(sample), sample.expected, answer, float(answer == sample.expected))
 
 
 def _output(work: Path, kind: str, name: str) -> dict[str, Any]:

@@ -85,10 +85,13 @@ def environment(processes):
 """
 
 EVALUATOR = """
-from pipelines.evaluators import DatasetScore, Sample
+from pipelines.evaluators import DatasetScore, Kind, Sample
 
-def evaluate(model_dir, config, work, log):
-    return {"throwaway": DatasetScore(50.0, (Sample("1+1", "2", "2", True), Sample("1+2", "3", "4", False)))}
+KINDS = {"sums": Kind("one and one", needs_path=False)}
+
+def evaluate(model_dir, datasets, config, endpoint, work, log):
+    (dataset,) = datasets
+    return {dataset.name: DatasetScore("accuracy", (Sample("1+1", "2", "2", 1.0), Sample("1+2", "3", "4", 0.0)))}
 
 def versions():
     return {"throwaway": "9"}
@@ -113,8 +116,8 @@ class Same(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 @contextmanager
-def serve(model_dir, port, log_file, log):
-    with HTTPServer(("127.0.0.1", port or 0), Same) as server:
+def serve(request, log_file, log):
+    with HTTPServer((request.host, request.port or 0), Same) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield Endpoint(f"http://127.0.0.1:{server.server_port}/v1", "parrot")
         server.shutdown()
@@ -212,10 +215,9 @@ def test_a_launcher(drop: Callable[[ModuleType, str], str], tmp_path: Path, tiny
 
 def test_an_evaluator(drop: Callable[[ModuleType, str], str], tmp_path: Path, tiny_model_folder: Path) -> None:
     name = drop(evaluators, EVALUATOR)
-    metrics = _run(evaluate.STAGE, tmp_path / "out", {"model": tiny_model_folder.parent}, f"eval.evaluator={name}")
-    assert metrics == {"scores": {"throwaway": 50.0}}
-    recipe = load_recipe("qwen3_tiny_full_openai", [f"eval.evaluator={name}"])
-    assert evaluate.STAGE.settings(recipe)["versions"] == {"throwaway": "9"}
+    sums = "eval.datasets=[{name: sums, kind: sums}]"
+    assert _run(evaluate.STAGE, tmp_path / "out", {"model": tiny_model_folder.parent}, sums) == {"scores": {"sums": 50.0}}
+    assert evaluate.STAGE.settings(load_recipe("qwen3_tiny_full_openai", [sums]))["versions"] == {name: {"throwaway": "9"}}
 
 
 def test_a_chatter(drop: Callable[[ModuleType, str], str], tmp_path: Path, tiny_model_folder: Path) -> None:

@@ -79,7 +79,8 @@ def test_a_model_that_cannot_be_loaded_fails_loudly(tmp_path: Path, tiny_model_f
 
 
 def test_a_hung_run_is_stopped(tmp_path: Path, tiny_model_folder: Path) -> None:
-    config = _recipe(_write(tmp_path / "few.jsonl", ["x"] * len(QUESTIONS))).eval.model_copy(update={"timeout": 1})
+    dataset = _write(tmp_path / "few.jsonl", ["x"] * len(QUESTIONS))
+    config = _recipe(dataset).eval.model_copy(update={"timeout": 1})
     with pytest.raises(DataError, match=r"did not finish within eval\.timeout = 1 s"):
-        opencompass.evaluate(tiny_model_folder, config, tmp_path, print)
+        opencompass.evaluate(tiny_model_folder, [dataset], config, None, tmp_path, print)
     assert not (tmp_path / "scratch").exists()

@@ -17,7 +17,7 @@ import pytest
 
 from pipelines.evaluators import opencompass
 from pipelines.heldout import HeldOut
-from pipelines.recipe import EvalConfig, EvalDataset
+from pipelines.recipe import EvalDataset
 from xtuner_core.errors import DataError
 
 USER, ANSWER = {"role": "user", "content": "Where is my parcel?"}, {"role": "assistant", "content": "shipping"}
@@ -78,8 +78,8 @@ def test_a_folder_that_holds_no_model_is_named(tmp_path: Path, content: str | No
 
 
 def test_no_code_of_the_model_folder_may_run(tmp_path: Path) -> None:
-    config = EvalConfig.model_validate({"datasets": [{"name": "tickets", "path": "x"}]})
-    (model,) = opencompass.experiment(tmp_path, config, tmp_path, 128)["models"]
+    datasets = [EvalDataset(name="tickets", path="x")]
+    (model,) = opencompass.experiment(tmp_path, datasets, 16, tmp_path, 128)["models"]
     assert model["model_kwargs"]["trust_remote_code"] is False
     assert model["tokenizer_kwargs"]["trust_remote_code"] is False
     assert model["max_seq_len"] == 128  # if it were None, OpenCompass would read it with remote code allowed
@@ -110,7 +110,7 @@ def test_samples_come_back_in_the_order_of_the_file(tmp_path: Path) -> None:
         ("billing", "billing.", False),
         ("shipping", "shipping", True),
     ]
-    assert (score.accuracy, score.correct, score.total) == (50.0, 1, 2)
+    assert (score.metric, score.value) == ("accuracy", 50.0)
 
 
 @pytest.mark.parametrize(

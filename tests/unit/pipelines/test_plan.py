@@ -148,7 +148,8 @@ def test_inputs_come_before_what_needs_them_and_the_five_stages_are_there() -> N
 @pytest.mark.parametrize(
     ("override", "error"),
     [
-        ("eval.evaluator=nobody", RecipeError),
+        ("eval.datasets=[{name: a, kind: nobody, path: x}]", RecipeError),
+        ("eval.suites=[nobody]", RecipeError),
         ("chat.chatter=nobody", RecipeError),
         ("train.launcher=nobody", RecipeError),
         ("train.method=nobody", RecipeError),

@@ -80,7 +80,7 @@ def test_an_unknown_recipe_lists_the_shipped_ones(name: str) -> None:
         ("train.learning_rate=1", "train.learning_rate", "epochs"),
         ("train.lora.r=4", "train.lora.r", "alpha, dora, dropout, rank, rslora, targets"),
         ("optim.lr=1", "optim", "train"),
-        ("eval.datasets=[{name: a, path: b, max_len: 4}]", "eval.datasets.0.max_len", "max_out_len, name, path"),
+        ("eval.datasets=[{name: a, path: b, max_len: 4}]", "eval.datasets.0.max_len", "kind, max_out_len, name, path"),
     ],
 )
 def test_an_unknown_field_names_file_field_and_the_known_ones(override: str, field: str, known: str) -> None:
@@ -106,7 +106,6 @@ def test_an_unknown_field_names_file_field_and_the_known_ones(override: str, fie
         ("data.train=[]", "data.train: "),
         ("chat.port=70000", "chat.port: "),
         ("chat.min_correct=2", "chat.min_correct: "),
-        ("eval.datasets=[]", "eval.datasets: "),
         ("eval.datasets=[{name: Not OK, path: x}]", "eval.datasets.0.name: "),
         ("eval.timeout=5", "eval.timeout: "),
         ("seed=-1", "seed: "),
