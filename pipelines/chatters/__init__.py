@@ -7,8 +7,13 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
+
+from xtuner_core import registry
+from xtuner_core.errors import RecipeError
 
 LOOPBACK = "127.0.0.1"
 START_SECONDS = 900
@@ -39,3 +44,17 @@ class Endpoint:
     model: str
     """The name that requests must give."""
     api_key: str = "none"
+
+
+def choose(name: str) -> ModuleType:
+    """The module called `name`; `auto` is transformers.
+
+    Raises:
+        RecipeError: there is no such module, or this machine cannot run it; names the reason.
+    """
+    if name == "auto":
+        return choose("transformers")
+    module = registry.find(sys.modules[__name__], name)
+    if reason := module.unavailable():
+        raise RecipeError(f"chatter {name} cannot run here: {reason}")
+    return module

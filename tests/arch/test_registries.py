@@ -103,6 +103,9 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pipelines.chatters import Endpoint
 
+def unavailable():
+    return None
+
 class Same(BaseHTTPRequestHandler):
     def do_POST(self):
         asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))

@@ -19,7 +19,8 @@ import pytest
 
 from pipelines import chat
 from pipelines.chat import ask, client
-from pipelines.chatters.transformers_serve import serve
+from pipelines.chatters import Request
+from pipelines.chatters.transformers import serve
 from pipelines.heldout import HeldOut
 from pipelines.recipe import load_recipe
 from pipelines.stage import Metrics, Work
@@ -150,7 +151,7 @@ def test_a_server_that_dies_between_two_questions_is_a_readable_error(learned: P
     log = tmp_path / "server.log"
     with (
         pytest.raises(UserError, match=r"(?s)the chat server did not answer.*Uvicorn running"),
-        serve(learned / "model", None, log, print) as endpoint,
+        serve(Request(learned / "model"), log, print) as endpoint,
         client(endpoint, log) as openai,
     ):
         assert ask(openai, endpoint.model, question, 20)[0].correct
