@@ -38,6 +38,16 @@ def _bar(label: str, total: int) -> Iterator[Advance]:
         yield lambda count: bar.advance(task, count)
 
 
+@contextmanager
+def shown(total: int, label: str = "writing") -> Iterator[Advance]:
+    """A bar of `total` bytes on a terminal, elsewhere nothing: what a conversion's `wrote` is told, `with shown(total) as wrote`."""
+    if sys.stderr.isatty():
+        with _bar(label, total) as advance:
+            yield advance
+    else:
+        yield lambda count: None
+
+
 def _lines(label: str, total: int, log: Log) -> Advance:
     started = told = time.monotonic()
     done = 0

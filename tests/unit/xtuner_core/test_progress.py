@@ -82,3 +82,27 @@ def test_a_pipe_gets_the_lines_alone() -> None:
     environment = {**os.environ, "PYTHONPATH": str(PROJECT), "TERM": "xterm"}
     done = subprocess.run([sys.executable, "-c", TRAIN], capture_output=True, text=True, env=environment, check=True, timeout=60)
     assert done.stdout.splitlines() == [f"[XTuner] Step {step}/4 [not markup] " + "x" * 60 for step in (3, 4)]
+
+
+CONVERT = """
+import time
+from xtuner_core.progress import shown
+
+with shown(4_000_000, "merging") as wrote:
+    for _ in range(4):
+        wrote(1_000_000)
+        time.sleep(0.15)
+"""
+
+
+def test_a_conversion_s_bar_is_for_terminals_alone() -> None:
+    ours, theirs = pty.openpty()
+    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "TERM": "xterm", "COLUMNS": "120"}
+    command = [sys.executable, "-c", CONVERT]
+    for where in (theirs, subprocess.PIPE):
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=where, env=environment, check=True, timeout=60)
+        assert done.stdout == b"" and not done.stderr
+    os.close(theirs)
+    shown = os.read(ours, 1 << 20).decode(errors="replace")
+    os.close(ours)
+    assert "merging" in shown and "MB/s" in shown and "4.0 MB" in shown
