@@ -8,8 +8,12 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from xtuner_core.errors import RecipeError
 
 
 def sync_directory(path: Path) -> None:
@@ -55,6 +59,29 @@ def publish(source: Path, target: Path) -> None:
     target.parent.mkdir(parents=True, exist_ok=True)
     os.rename(source, target)
     sync_directory(target.parent)
+
+
+@contextmanager
+def drafted(target: Path) -> Iterator[Path]:
+    """A place beside `target` for a new file or folder: it becomes `target` when the block ends well, and is deleted when it does not.
+
+    Raises:
+        RecipeError: there is something at `target`.
+    """
+    if target.exists():
+        raise RecipeError(f"{target}: exists already; name a place where nothing is, or move it away.")
+    target.parent.mkdir(parents=True, exist_ok=True)
+    draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
+    remove(draft)
+    try:
+        yield draft
+        if draft.is_dir():
+            publish(draft, target)
+        else:
+            os.replace(draft, target)
+            sync_directory(target.parent)
+    finally:
+        remove(draft)
 
 
 def remove(path: Path) -> None:
