@@ -69,6 +69,7 @@ def _merge(recipe: Recipe, work: Work, base_dir: Path, probes: list[list[int]]) 
     import torch
 
     from xtuner_core.checkpoint.store import load_whole
+    from xtuner_core.export.tensors import Lazy
 
     trained = load_whole(work.inputs["checkpoint"] / "checkpoint")
     _require_fit(recipe, base_dir, trained)
@@ -81,7 +82,7 @@ def _merge(recipe: Recipe, work: Work, base_dir: Path, probes: list[list[int]]) 
 
     from peft import PeftModel
 
-    save_adapter(trained, recipe.train.lora, _base_name(recipe), work.payload / "adapter")
+    save_adapter({name: Lazy.of(tensor) for name, tensor in trained.items()}, recipe.train, _base_name(recipe), work.payload / "adapter")
     adapted = PeftModel.from_pretrained(base, str(work.payload / "adapter")).eval()
     before = _logits(adapted, probes)
     return adapted.merge_and_unload(safe_merge=True), before

@@ -2,7 +2,7 @@
 
 A method has `load(model_dir, train, **options)`, which gives these options to `from_pretrained` beside its own;
 `prepare(model, train, seed)`, which leaves exactly the parameters that train with `requires_grad`, the same on every rank; and, if they
-lie beside the model's own weights, `save_adapter(tensors, lora, base, folder)`, which writes them as a folder that peft loads.
+lie beside the model's own weights, `save_adapter(tensors, train, base, folder)`, which writes them as a folder that peft loads.
 `READ_BY_ALL = True` lets every process read the weights; otherwise the first does, and the others get their shards of its parameters.
 """
 

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import LoraConfig as PeftLoraConfig
 from peft import inject_adapter_in_model
-from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from xtuner_core.config import LoraConfig, TrainConfig
 from xtuner_core.durable import write_json
 from xtuner_core.errors import RecipeError
+from xtuner_core.export.tensors import Tensors, write_file
 from xtuner_core.models.precision import COMPUTE
 
 ADAPTER = "default"
@@ -75,16 +75,16 @@ def _names(target: str, layer: str) -> bool:
     return layer == target or layer.endswith(f".{target}")
 
 
-def save_adapter(tensors: Mapping[str, torch.Tensor], lora: LoraConfig, base: str, folder: Path) -> None:
+def save_adapter(tensors: Tensors, train: TrainConfig, base: str, folder: Path) -> None:
     """Write trained adapter tensors, named as in the model, as a folder that peft loads; `base` names the base model for readers."""
     folder.mkdir(parents=True)
+    lora = train.lora
     config = peft_config(lora)
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.target_modules = sorted(_adapted_layers(tensors) if lora.targets == (ALL_LINEAR,) else lora.targets)
     write_json(folder / "adapter_config.json", _jsonable(config.to_dict()))
-    named = {f"base_model.model.{_saved_name(name)}": tensors[name].contiguous() for name in sorted(tensors)}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_file(folder / "adapter_model.safetensors", {f"base_model.model.{_saved_name(name)}": tensors[name] for name in sorted(tensors)})
 
 
 def _adapted_layers(tensors: Iterable[str]) -> set[str]:

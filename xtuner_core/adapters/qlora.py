@@ -9,14 +9,19 @@ from typing import Any
 
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
-from xtuner_core.adapters.lora import add_lora, save_adapter
+from xtuner_core.adapters import lora
 from xtuner_core.config import TrainConfig
+from xtuner_core.durable import write_json
 from xtuner_core.errors import RecipeError
+from xtuner_core.export.tensors import Tensors
 from xtuner_core.models.precision import COMPUTE
 
-__all__ = ["READ_BY_ALL", "load", "prepare", "save_adapter"]
 READ_BY_ALL = True
 """Weights are quantized as they are read, which leaves a quarter of them; their constants are no parameters that could be spread."""
+
+
+QUANTIZED_BASE = "quantized_base.json"
+"""In an adapter's folder: the base as the adapter was trained beside it. Other readers know nothing of the file and pass it over."""
 
 
 def load(model_dir: Path, train: TrainConfig, **options: Any) -> PreTrainedModel:
@@ -49,4 +54,10 @@ def _bitsandbytes() -> ModuleType:
 
 def prepare(model: PreTrainedModel, train: TrainConfig, seed: int) -> None:
     """Freeze the model and add adapters (RecipeError: a target name matches nothing)."""
-    add_lora(model, train.lora, seed)
+    lora.add_lora(model, train.lora, seed)
+
+
+def save_adapter(tensors: Tensors, train: TrainConfig, base: str, folder: Path) -> None:
+    """Write trained adapter tensors as a folder that peft loads, and in a file of its own beside which base they were trained."""
+    lora.save_adapter(tensors, train, base, folder)
+    write_json(folder / QUANTIZED_BASE, {"quantization": "nf4", "double_quantization": True, "dtype": str(COMPUTE[train.dtype])[6:]})

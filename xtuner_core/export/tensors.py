@@ -29,6 +29,11 @@ class Lazy:
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
 
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> Lazy:
+        """A tensor that is in memory already."""
+        return cls(tuple(tensor.shape), tensor.dtype, lambda: tensor)
+
     @property
     def bytes(self) -> int:
         """Of its numbers, in memory and in a file."""
@@ -87,7 +92,7 @@ def write_folder(tensors: Tensors, folder: Path, max_shard_size: str = "5GB", wr
     """
     split = _split(tensors, max_shard_size)
     for name, held in split.filename_to_tensors.items():
-        _write_file(folder / name, {tensor: tensors[tensor] for tensor in held}, wrote)
+        write_file(folder / name, {tensor: tensors[tensor] for tensor in held}, wrote)
     if split.is_sharded:
         write_json(folder / INDEX, {"metadata": split.metadata, "weight_map": split.tensor_to_filename})
 
@@ -101,7 +106,8 @@ def _split(tensors: Tensors, max_shard_size: str) -> StateDictSplit:
         raise RecipeError(f"max_shard_size: {error}") from None
 
 
-def _write_file(path: Path, tensors: Tensors, wrote: Callable[[int], None]) -> None:
+def write_file(path: Path, tensors: Tensors, wrote: Callable[[int], None] = lambda count: None) -> None:
+    """Write one safetensors file (StorageError: it cannot be written); see `write_folder`."""
     header, starts = _header(tensors)
     try:
         with open(path, "wb", buffering=0) as file:
