@@ -10,15 +10,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import pipelines.chatters
-from pipelines.chatters import Endpoint
+from pipelines import chatters
+from pipelines.chatters import Endpoint, Request
 from pipelines.heldout import HeldOut, read_heldout
 from pipelines.processes import tail
 from pipelines.recipe import ChatConfig, Recipe, resolve_path
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core.durable import write_json
 from xtuner_core.errors import DataError, UserError
-from xtuner_core.registry import find
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -43,12 +42,12 @@ def run(recipe: Recipe, work: Work) -> Metrics:
         UserError: the server did not start, ended or refused a question.
     """
     config = recipe.chat
-    samples = spread(read_heldout(_prompts(recipe)), config.count)
+    samples = spread(read_heldout(prompts), config.count) if (prompts := _prompts(recipe)) else []
     server_log = work.record / "server.log"
     work.log(f"chat: {len(samples)} held-out questions for {config.chatter}; its output is in {server_log}")
     started = time.monotonic()
-    chatter = find(pipelines.chatters, config.chatter)
-    with chatter.serve(work.inputs["model"] / "model", config.port, server_log, work.log) as endpoint:
+    request = Request(work.inputs["model"] / "model", port=config.port, start_timeout=config.start_timeout, url=config.url)
+    with chatters.choose(config.chatter).serve(request, server_log, work.log) as endpoint:
         start_seconds = time.monotonic() - started
         with client(endpoint, server_log) as openai:
             timed = [ask(openai, endpoint.model, sample, config.max_tokens) for sample in samples]
@@ -75,7 +74,7 @@ def client(endpoint: Endpoint, server_log: Path) -> Iterator[OpenAI]:
     import openai
 
     direct = openai.DefaultHttpxClient(trust_env=False)
-    with openai.OpenAI(base_url=endpoint.base_url, api_key="none", max_retries=0, http_client=direct) as connection:
+    with openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, max_retries=0, http_client=direct) as connection:
         try:
             yield connection
         except (openai.OpenAIError, json.JSONDecodeError) as error:
@@ -108,7 +107,9 @@ def judge(answers: list[Answer], config: ChatConfig) -> dict[str, Any]:
     return {"passed": passed, "total": total, "ok": not why, "why": why, "answers": [asdict(answer) for answer in answers]}
 
 
-def _prompts(recipe: Recipe) -> Path:
+def _prompts(recipe: Recipe) -> Path | None:
+    if recipe.chat.prompts is None:
+        return None
     path = resolve_path(recipe.chat.prompts)
     if not path.is_file():
         raise DataError(f"{path}: no such file. It is chat.prompts of recipe {recipe.name}; correct the path or make the file.")
@@ -119,7 +120,8 @@ STAGE = Stage(
     name="chat",
     version=1,
     run=run,
-    settings=lambda recipe: recipe.chat.model_dump(mode="json", exclude={"port", "prompts"}),  # of the prompts, the bytes count
-    files=lambda recipe: [_prompts(recipe)],
+    # Of the prompts, the bytes count.
+    settings=lambda recipe: recipe.chat.model_dump(mode="json", exclude={"port", "prompts", "start_timeout"}),
+    files=lambda recipe: [path for path in [_prompts(recipe)] if path],
     libraries=("torch", "transformers", "tokenizers"),
 )

@@ -7,10 +7,10 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-import pipelines.chatters
+from pipelines import chatters
 from pipelines.chat import client
+from pipelines.chatters import Request
 from xtuner_core.errors import RecipeError
-from xtuner_core.registry import find
 
 if TYPE_CHECKING:
     from openai import OpenAI
@@ -20,7 +20,7 @@ _CONTROL = {code: None for code in (*range(32), *range(127, 160)) if chr(code) n
 """A model's text must not move the cursor or rename the window."""
 
 
-def converse(model_dir: Path, system: str | None, max_tokens: int, temperature: float, chatter: str = "transformers_serve") -> None:
+def converse(model_dir: Path, system: str | None, max_tokens: int, temperature: float, chatter: str = "auto") -> None:
     """Serve `model_dir` and talk to it until `exit`, the end of the input, or Ctrl-C at the prompt.
 
     `max_tokens`: longest answer. `temperature`: 0 is greedy.
@@ -30,11 +30,11 @@ def converse(model_dir: Path, system: str | None, max_tokens: int, temperature: 
         UserError: the server failed.
     """
     _require_model(model_dir)
-    serve = find(pipelines.chatters, chatter).serve
+    serve = chatters.choose(chatter).serve
     print(f"Loading {model_dir} ...", flush=True)
     with TemporaryDirectory(prefix="xtuner-chat-") as folder:
         log = Path(folder, "server.log")
-        with serve(model_dir, None, log, print) as endpoint, client(endpoint, log) as openai:
+        with serve(Request(model_dir), log, print) as endpoint, client(endpoint, log) as openai:
             print(HELP, flush=True)
             request = {"model": endpoint.model, "max_tokens": max_tokens, "temperature": temperature}
             _talk(openai, request, [{"role": "system", "content": system}] if system else [])
