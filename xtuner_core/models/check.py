@@ -63,7 +63,7 @@ def require_own_tensors(folder: Path) -> None:
     told += [f"{name} {_shape(stored[name][0]) if name in stored else ''} has no place" for name in sorted(unknown)]
     if told:
         raise DataError(
-            f"{folder}: the weights are not those of its config.json: {_some(told)}. Training would begin from random numbers there. "
+            f"{folder}: the weights are not those of its config.json: {some(told)}. Training would begin from random numbers there. "
             "Copy config and weights of one and the same model."
         )
 
@@ -91,16 +91,19 @@ def require_finite(folder: Path) -> None:
     bad = []
     for file in weight_files(folder):
         with safe_open(file, framework="pt") as tensors:
-            bad += [name for name in tensors.keys() if not _finite(tensors.get_tensor(name))]  # noqa: SIM118
+            bad += [name for name in tensors.keys() if not is_finite(tensors.get_tensor(name))]  # noqa: SIM118
     if bad:
         raise DataError(
-            f"{folder}: NaN or infinity in {_some(sorted(bad))}. Training cannot repair such weights; copy the model again, or take an "
+            f"{folder}: NaN or infinity in {some(sorted(bad))}. Training cannot repair such weights; copy the model again, or take an "
             "earlier checkpoint of it."
         )
 
 
-def _finite(tensor: torch.Tensor) -> bool:
-    """By smallest and largest value, which a NaN spoils; no memory is needed, and it runs at the speed of reading."""
+def is_finite(tensor: torch.Tensor) -> bool:
+    """Whether a tensor holds no NaN or infinity.
+
+    By smallest and largest value, which a NaN spoils; no memory is needed, and it runs at the speed of reading.
+    """
     if not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     numbers = tensor if tensor.element_size() > 1 else tensor.float()  # 8-bit floats cannot be compared
@@ -141,5 +144,6 @@ def _shape(shape: Iterable[int]) -> str:
     return f"[{', '.join(map(str, shape))}]"
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
+    """The names for a message: the first few, and how many more."""
     return "; ".join(names[:SHOWN]) + (f"; and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
