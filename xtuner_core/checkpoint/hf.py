@@ -117,15 +117,18 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that make up the folder's weights, whether they exist or not.
 
     Raises:
-        DataError: the index is not readable.
+        DataError: the index is not readable, or names anything but safetensors files in the folder.
     """
     index = folder / INDEX
     if not index.is_file():
         return [folder / SINGLE]
     try:
-        return [folder / name for name in sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))]
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise DataError(f"{index}: not a weight index ({error}). Copy the model folder again.") from None
+    if foreign := [name for name in names if not str(name).endswith(".safetensors") or Path(name).name != name]:
+        raise DataError(f"{index}: names {foreign[0]!r}, which is no safetensors file in this folder. Copy the model folder again.")
+    return [folder / name for name in names]
 
 
 def missing_files(folder: Path) -> list[str]:
@@ -180,7 +183,7 @@ def require_whole(folder: Path) -> None:
     Raises:
         DataError: names the file, and the tensors.
     """
-    held = {file.name: set(_header(file)) for file in weight_files(folder)}
+    held = {file.name: set(header(file)) for file in weight_files(folder)}
     index = folder / INDEX
     if not index.is_file():
         return
@@ -195,10 +198,15 @@ def weight_keys(folder: Path) -> dict[str, tuple[tuple[int, ...], str]]:
     Raises:
         DataError: a weight file is missing or its header is damaged.
     """
-    return {name: described for file in weight_files(folder) for name, described in _header(file).items()}
+    return {name: described for file in weight_files(folder) for name, described in header(file).items()}
 
 
-def _header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+def header(file: Path) -> dict[str, tuple[tuple[int, ...], str]]:
+    """Name → (shape, safetensors dtype) of every tensor of a file, in the order of their bytes.
+
+    Raises:
+        DataError: the file is missing, damaged or shorter than it says.
+    """
     from safetensors import SafetensorError, safe_open
 
     try:
