@@ -1,0 +1,47 @@
+"""The folder that a server is given: a model folder, one found in an artifact, or a base and an adapter merged for the occasion."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from xtuner_core.errors import RecipeError
+
+
+@contextmanager
+def model_to_serve(model: Path, adapter: Path | None = None) -> Iterator[Path]:
+    """The model folder behind `model`; with `adapter`, a folder that holds both merged and is gone after the block.
+
+    Raises:
+        RecipeError: neither `model` nor a place where artifacts keep theirs is a model folder, or `adapter` is no adapter folder.
+        DataError: the adapter does not fit the model.
+    """
+    base = model_folder(model)
+    if adapter is None:
+        yield base
+        return
+    if not (adapter / "adapter_config.json").is_file():
+        raise RecipeError(f"{adapter}: not an adapter folder. One holds adapter_config.json and adapter_model.safetensors.")
+    from xtuner_core.export.merge import merge
+
+    with TemporaryDirectory(prefix="xtuner-merged-") as folder:
+        merged = Path(folder, "model")
+        merge(base, [(adapter, 1.0)], merged)
+        yield merged
+
+
+def model_folder(path: Path) -> Path:
+    """`path` itself, or `payload/model` or `model` inside it (an artifact, its payload), whichever holds a model.
+
+    Raises:
+        RecipeError: none of them does.
+    """
+    for folder in (path, path / "payload" / "model", path / "model"):
+        if (folder / "config.json").is_file():
+            return folder
+    raise RecipeError(
+        f"{path}: not a model folder, nor an artifact that holds one. A model folder has config.json, *.safetensors and "
+        "tokenizer.json, like payload/model of a convert artifact."
+    )
