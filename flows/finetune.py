@@ -19,11 +19,11 @@ from prefect.states import Completed, Failed
 
 from flows.caching import failed
 from flows.cluster import fill_cache, require_runner
-from flows.reporting import page, summarize, table
-from flows.tasks import TASKS
+from flows.reporting import faults, page, summarize, table
+from flows.tasks import task_of
 from pipelines import prepare
 from pipelines.artifacts import Artifact, Result, Store
-from pipelines.pipeline import PIPELINE, check
+from pipelines.pipeline import check, nodes
 from pipelines.recipe import Recipe, load_recipe
 from xtuner_core.durable import write_json
 from xtuner_core.errors import BUG, DataError, Interrupted, UserError
@@ -32,6 +32,8 @@ from xtuner_core.errors import BUG, DataError, Interrupted, UserError
 @flow(name="finetune-flow", flow_run_name="{recipe.name}", persist_result=False, log_prints=False)
 def finetune_flow(recipe: Recipe, store: Path = Path("artifacts")) -> State[Any]:
     """Fine-tune the recipe's model, judge it and talk to it; every stage whose artifact is whole is shown as `Cached`.
+
+    A model that does not pass the recipe's gate or the chat test fails the run; what was made stays.
 
     Args:
         recipe: The whole run.
@@ -44,10 +46,10 @@ def finetune_flow(recipe: Recipe, store: Path = Path("artifacts")) -> State[Any]
         return failed(error)
     results: dict[str, Result] = {}
     made: dict[str, Artifact] = {}
-    for node in PIPELINE:
+    for node in nodes(recipe):
         if node.stage is prepare.STAGE and (filled := fill_cache(recipe, Store(store), made["base"])) and not filled.is_completed():
             return filled
-        state = TASKS[node.name](recipe, Store(store), made, return_state=True)
+        state = task_of(node)(recipe, Store(store), made, return_state=True)
         outcome = state.result(raise_on_failure=False)
         if not isinstance(outcome, Result):
             return failed(outcome) if isinstance(outcome, UserError) else state
@@ -55,8 +57,7 @@ def finetune_flow(recipe: Recipe, store: Path = Path("artifacts")) -> State[Any]
     summary = summarize(recipe, results)
     create_markdown_artifact(page(summary, results), key="finetune-report", description=recipe.name)
     if not summary["ok"]:
-        reason = f"the model was made, but the chat test failed: {'; '.join(summary['chat']['why'])}."
-        return Failed(message=reason, data=(summary, table(summary, results)))
+        return Failed(message=f"the model was made, but {faults(summary)}.", data=(summary, table(summary, results)))
     return Completed(message="all stages are whole", data=(summary, table(summary, results)))
 
 

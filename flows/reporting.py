@@ -4,26 +4,39 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipelines.artifacts import Result
+from pipelines.artifacts import Artifact, Result
+from pipelines.figures import figure, gained
 from pipelines.pipeline import STAGES
 from pipelines.recipe import Recipe
 
 
 def summarize(recipe: Recipe, results: Mapping[str, Result]) -> dict[str, Any]:
-    """The run as JSON: stages, scores, chat and whether all is well."""
-    chat = results["chat"].artifact.metrics
+    """The run as JSON: stages, scores, differences with their intervals, gate, chat and whether all is well."""
+    chat, verdict = results["chat"].artifact.metrics, results["verdict"].artifact.metrics
+    datasets = verdict["datasets"]
     return {
         "recipe": recipe.name,
         "stages": [_stage(name, results[name]) for name in STAGES],
         "support": [_stage(name, result) for name, result in results.items() if name not in STAGES],
-        "scores": {"base": results["eval-base"].artifact.metrics["scores"], "tuned": results["eval"].artifact.metrics["scores"]},
+        "scores": {role: {name: one["values"][role] for name, one in datasets.items()} for role in verdict["roles"]},
+        "differences": {name: one["differences"] for name, one in datasets.items()},
+        "gate": verdict["gate"],
         "chat": {"passed": chat["passed"], "total": chat["total"], "why": chat["why"]},
-        "ok": chat["ok"],
+        "ok": chat["ok"] and verdict["gate"]["passed"],
     }
+
+
+def faults(summary: Mapping[str, Any]) -> str:
+    """Why a model that was made is not well."""
+    broken = [rule["reason"] for rule in summary["gate"]["rules"] if not rule["holds"]]
+    gate = [f"it does not pass the gate: {'; '.join(broken)}"] if broken else []
+    chat = [f"the chat test failed: {'; '.join(summary['chat']['why'])}"] if summary["chat"]["why"] else []
+    return ", and ".join([*gate, *chat])
 
 
 def _stage(name: str, result: Result) -> dict[str, Any]:
@@ -57,23 +70,33 @@ def _result(name: str, summary: Mapping[str, Any], results: Mapping[str, Result]
         case "convert":
             return f"{metrics['tensors']} tensors verified, {metrics['next_token_agreement']:.1%} of next tokens kept"
         case "eval":
-            base, tuned = summary["scores"]["base"], summary["scores"]["tuned"]
-            return ", ".join(f"{dataset}: base {base[dataset]:.4g} → tuned {tuned[dataset]:.4g}" for dataset in tuned)
+            return ", ".join(_score(name, one) for name, one in results["verdict"].artifact.metrics["datasets"].items())
         case _:
             why = "".join(f"; {reason}" for reason in summary["chat"]["why"])
             return f"{metrics['passed']} of {metrics['total']} answers right{why}"
 
 
+def _score(name: str, dataset: Mapping[str, Any]) -> str:
+    base, tuned = (figure(dataset["values"][role], dataset["unit"]) for role in ("base", "tuned"))
+    return f"{name}: base {base} → tuned {tuned}, {gained(dataset['differences']['base'], dataset['unit'])}"
+
+
 def page(summary: Mapping[str, Any], results: Mapping[str, Result]) -> str:
-    """The markdown artifact: table, loss curve, three answers."""
+    """The markdown artifact: table, verdict, loss curve, three answers."""
     curve = _picture(results["train"].artifact.record / "loss.png")
     prepared = results["prepare"].artifact.record
     answers = "\n".join(_answer(answer) for answer in results["chat"].artifact.metrics["answers"])
     model = results["convert"].artifact.payload / "model"
     return (
-        f"# {summary['recipe']}\n\n{table(summary, results)}\n\n## Data\n\n{data(prepared)}\n\n{curve}\n\n"
+        f"# {summary['recipe']}\n\n{table(summary, results)}\n\n{_verdict(results['verdict'].artifact)}\n\n"
+        f"## Data\n\n{data(prepared)}\n\n{curve}\n\n"
         f"## Answers\n\n{answers}\n\nTalk to it: `xtuner chat {model}`\n"
     )
+
+
+def _verdict(artifact: Artifact) -> str:
+    text = (artifact.payload / "report.md").read_text(encoding="utf-8")
+    return f"{re.sub('^#', '##', text, flags=re.MULTILINE)}\n- all of it: `{artifact.record / 'report.html'}`"
 
 
 def data(record: Path) -> str:

@@ -10,7 +10,7 @@ from prefect.cache_policies import NO_CACHE
 
 from flows.caching import failed, finished
 from pipelines.artifacts import Artifact, Store
-from pipelines.pipeline import PIPELINE, Node
+from pipelines.pipeline import Node
 from pipelines.recipe import Recipe
 from pipelines.runner import run_node
 from xtuner_core.errors import UserError, from_os_error
@@ -33,6 +33,3 @@ def task_of(node: Node) -> Task[..., Any]:
             return failed(from_os_error(error))
 
     return make
-
-
-TASKS = {node.name: task_of(node) for node in PIPELINE}

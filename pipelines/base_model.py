@@ -72,7 +72,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     source = parse_base(recipe.model.base)
     match source.kind:
         case "folder":
-            return {"kind": "folder", "files": [file.name for file in _folder_files(source.path)]}
+            return {"kind": "folder", "files": [file.name for file in _complete_folder(source)]}
         case "gguf":
             return {"kind": "gguf"}
         case "preset":
@@ -86,7 +86,7 @@ def files(recipe: Recipe) -> list[Path]:
     source = parse_base(recipe.model.base)
     match source.kind:
         case "folder":
-            return _folder_files(source.path)
+            return _complete_folder(source)
         case "gguf":
             return [source.path]
         case "preset":
@@ -125,8 +125,13 @@ def describe(folder: Path) -> Metrics:
     }
 
 
-def _folder_files(folder: Path) -> list[Path]:
-    _require_complete(folder, str(folder))
+def _complete_folder(source: Source) -> list[Path]:
+    _require_complete(source.path, str(source.path))
+    return folder_files(source.path)
+
+
+def folder_files(folder: Path) -> list[Path]:
+    """The files of a model folder that a stage takes: weights and texts."""
     texts = [file for file in folder.iterdir() if file.suffix in _TEXT_SUFFIXES and not file.name.startswith(".") and file.is_file()]
     return sorted({*texts, *weight_files(folder)})
 
@@ -136,15 +141,19 @@ def _require_complete(folder: Path, name: str) -> None:
         raise RecipeError(f"model.base: {name} {wrong}")
 
 
-def _from_folder(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
-    """Weights are linked, not copied; the small files are copied, so that they can be made portable."""
-    weights = weight_files(source.path)
-    for file in _folder_files(source.path):
+def take_folder(source: Path, folder: Path) -> None:
+    """Fill `folder` with the model in `source`: weights are linked, the small files are copied, so that they can be made portable."""
+    weights = weight_files(source)
+    for file in folder_files(source):
         if file in weights:
             os.symlink(file, folder / file.name)
         else:
             shutil.copyfile(file, folder / file.name)
     make_portable(folder)
+
+
+def _from_folder(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
+    take_folder(source.path, folder)
 
 
 def _from_gguf(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:

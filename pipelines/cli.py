@@ -79,7 +79,7 @@ def plan(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = D
 
     chosen, made = load_recipe(recipe, overrides or []), {}
     for step in make_plan(chosen, Store(store)):
-        print(f"{step.node.name:<10} {step.state:<9} {step.why}")
+        print(f"{step.node.name:<15} {step.state:<9} {step.why}")
         made[step.node.name] = step
     if made["train"].artifact is None:
         print(*forecast(chosen, Store(store), made["base"].artifact, made["prepare"].artifact, this_machine()), sep="\n")
@@ -117,9 +117,16 @@ def train(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = 
 
 @app.command(name="eval", group=STAGES)
 def evaluate(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
-    """Judge base and tuned model on the held-out sets."""
-    run_stage("eval-base", recipe, overrides, store)
-    run_stage("eval", recipe, overrides, store)
+    """Judge base, production and tuned model on the held-out sets and print the verdict; exit code 65 if the gate is not passed."""
+    from pipelines.artifacts import Store
+    from pipelines.recipe import load_recipe
+    from pipelines.runner import run_until
+    from xtuner_core.errors import DataError
+
+    verdict = run_until("verdict", load_recipe(recipe, overrides or []), Store(store), lambda message: print(message, flush=True)).artifact
+    print("", (verdict.payload / "report.md").read_text(encoding="utf-8"), f"All of it: {verdict.record / 'report.html'}", sep="\n")
+    if not verdict.metrics["gate"]["passed"]:
+        raise DataError("the model does not pass the gate; the rules that do not hold are marked above. What was made is kept.")
 
 
 @app.command

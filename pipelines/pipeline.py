@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipelines import base_model, chat, chatters, convert, evaluate, launchers, prepare, train
+from pipelines import base_model, chat, chatters, convert, evaluate, launchers, prepare, production, train, verdict
 from pipelines.artifacts import Artifact, Damaged, Store, key_of
 from pipelines.recipe import Recipe
 from pipelines.stage import Stage
@@ -24,35 +24,45 @@ class Node:
     inputs: Mapping[str, str]
 
 
-PIPELINE = (
-    Node("base", base_model.STAGE, {}),
-    Node("prepare", prepare.STAGE, {"base": "base"}),
-    Node("train", train.STAGE, {"base": "base", "data": "prepare"}),
-    Node("convert", convert.STAGE, {"base": "base", "data": "prepare", "checkpoint": "train"}),
-    Node("eval-base", evaluate.STAGE, {"model": "base"}),
-    Node("eval", evaluate.STAGE, {"model": "convert"}),
-    Node("chat", chat.STAGE, {"model": "convert"}),
-)
+def nodes(recipe: Recipe) -> tuple[Node, ...]:
+    """The steps of the recipe's run, in order; the model in use is judged too where the recipe names one."""
+    judged = {"base": "eval-base", "tuned": "eval"}
+    in_use: tuple[Node, ...] = ()
+    if recipe.eval.production is not None:
+        judged["production"] = "eval-production"
+        in_use = (Node("production", production.STAGE, {}), Node("eval-production", evaluate.STAGE, {"model": "production"}))
+    return (
+        Node("base", base_model.STAGE, {}),
+        Node("prepare", prepare.STAGE, {"base": "base"}),
+        Node("train", train.STAGE, {"base": "base", "data": "prepare"}),
+        Node("convert", convert.STAGE, {"base": "base", "data": "prepare", "checkpoint": "train"}),
+        Node("eval-base", evaluate.STAGE, {"model": "base"}),
+        *in_use,
+        Node("eval", evaluate.STAGE, {"model": "convert"}),
+        Node("verdict", verdict.STAGE, {"model": "convert", **judged}),
+        Node("chat", chat.STAGE, {"model": "convert"}),
+    )
+
 
 STAGES = ("prepare", "train", "convert", "eval", "chat")
-"""The five stages that users see; `base` and `eval-base` serve them."""
+"""The five stages that users see; the other nodes serve them."""
 
 
-def needed_for(name: str) -> list[Node]:
+def needed_for(name: str, recipe: Recipe) -> list[Node]:
     """The nodes that must exist for `name`, in order, `name` last."""
-    nodes = {node.name: node for node in PIPELINE}
     wanted = {name}
-    for node in reversed(PIPELINE):
+    for node in reversed(nodes(recipe)):
         if node.name in wanted:
-            wanted.update(nodes[node.name].inputs.values())
-    return [node for node in PIPELINE if node.name in wanted]
+            wanted.update(node.inputs.values())
+    return [node for node in nodes(recipe) if node.name in wanted]
 
 
 def check(recipe: Recipe) -> None:
     """Tell a wrong name or a missing file before the first stage runs, not hours later.
 
     Raises:
-        RecipeError: a name that no module has, a suite or kind of data set that is not known, or a tracker whose package is not installed.
+        RecipeError: a name that no module has, a suite or kind of data set that is not known, a rule of the gate about nothing that is
+            evaluated, or a tracker whose package is not installed.
         DataError: a file that is not there.
     """
     asked = {recipe.data.format, *(source.format for source in recipe.data.train)} - {"auto", None}
@@ -64,8 +74,9 @@ def check(recipe: Recipe) -> None:
     for package, name in named:
         registry.require(package, name)
     trackers.require_installed(recipe.train.trackers)
-    for node in PIPELINE:
+    for node in nodes(recipe):
         node.stage.files(recipe)
+        node.stage.settings(recipe)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,7 +93,7 @@ class Planned:
 def plan(recipe: Recipe, store: Store) -> Iterator[Planned]:
     """Say for every node whether it is cached, will run (and why), or depends on one that will run."""
     found: dict[str, Artifact] = {}
-    for node in PIPELINE:
+    for node in nodes(recipe):
         waiting = [source for source in node.inputs.values() if source not in found]
         if waiting:
             yield Planned(node, "depends", f"on {', '.join(waiting)}")

@@ -15,7 +15,7 @@ from xtuner_core.errors import Interrupted, StorageError
 def run_until(name: str, recipe: Recipe, store: Store, say: Callable[[str], None]) -> Result:
     """The result of node `name`; what it needs and is not in the store is made first."""
     made: dict[str, Artifact] = {}
-    for node in needed_for(name):
+    for node in needed_for(name, recipe):
         result = run_node(node, recipe, store, made, lambda message, node=node: say(f"[{node.name}] {message}"))
         made[node.name] = result.artifact
         state = "cached" if result.cached else f"done in {result.seconds:.1f} s"

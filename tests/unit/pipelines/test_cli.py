@@ -146,8 +146,8 @@ def test_plan_prints_one_line_a_stage_and_what_training_needs(store: Path) -> No
     *stages, needed = done.stdout.splitlines()
     assert needed.startswith("train: 0.1 M parameters, 0.1 M trained; about ") and "; 40 steps" in needed
     lines = [line.split() for line in stages]
-    assert [line[0] for line in lines] == ["base", "prepare", "train", "convert", "eval-base", "eval", "chat"]
-    assert [line[1] for line in lines] == ["cached", "cached", "will", "depends", "will", "depends", "depends"]
+    assert [line[0] for line in lines] == ["base", "prepare", "train", "convert", "eval-base", "eval", "verdict", "chat"]
+    assert [line[1] for line in lines] == ["cached", "cached", "will", "depends", "will", "depends", "depends", "depends"]
 
 
 def test_a_cached_stage_is_found_from_any_folder_and_says_its_figures(store: Path, tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.artifacts import Artifact, Store
-from pipelines.pipeline import PIPELINE, STAGES, Planned, check, needed_for, plan
+from pipelines.pipeline import STAGES, Planned, check, needed_for, nodes, plan
 from pipelines.recipe import load_recipe
 from pipelines.runner import run_until
 from xtuner_core.errors import DataError, RecipeError
@@ -34,15 +34,15 @@ def artifact(store: Store, stage: str) -> Artifact:
 
 def test_an_empty_store_makes_the_base_and_the_rest_depends(tmp_path: Path) -> None:
     steps = planned(Store(tmp_path / "nothing"))
-    assert list(steps) == [node.name for node in PIPELINE]
-    assert states(steps) == ["will run"] + ["depends"] * 6
+    assert list(steps) == [node.name for node in nodes(load_recipe(TINY))]
+    assert states(steps) == ["will run"] + ["depends"] * 7
     assert (steps["base"].why, steps["convert"].why) == ("never made", "on base, prepare, train")
     assert not (tmp_path / "nothing" / "base").exists()
 
 
 def test_what_is_whole_is_cached_and_its_place_told(prepared_store: Store) -> None:
     steps = planned(prepared_store)
-    assert states(steps) == ["cached", "cached", "will run", "depends", "will run", "depends", "depends"]
+    assert states(steps) == ["cached", "cached", "will run", "depends", "will run", "depends", "depends", "depends"]
     assert steps["prepare"].why == str(artifact(prepared_store, "prepare").path)
     assert steps["prepare"].key == artifact(prepared_store, "prepare").path.name
     assert (steps["train"].why, steps["convert"].why) == ("never made", "on train")
@@ -62,7 +62,7 @@ def test_a_changed_setting_is_named_with_before_and_after(prepared_store: Store)
 def test_a_change_of_the_base_says_so_and_the_rest_depends(prepared_store: Store) -> None:
     steps = planned(prepared_store, "seed=43")
     assert steps["base"].why == "settings.seed: 42 → 43"
-    assert states(steps) == ["will run"] + ["depends"] * 6
+    assert states(steps) == ["will run"] + ["depends"] * 7
 
 
 def test_a_changed_file_is_named_by_its_digest(prepared_store: Store, tmp_path: Path) -> None:
@@ -104,7 +104,7 @@ def test_damage_will_be_rebuilt_and_what_needs_it_depends(prepared_store: Store,
     steps = planned(prepared_store)
     assert steps["prepare"].state == "will run"
     assert steps["prepare"].why.startswith(why)
-    assert states(steps) == ["cached", "will run", "depends", "depends", "will run", "depends", "depends"]
+    assert states(steps) == ["cached", "will run", "depends", "depends", "will run", "depends", "depends", "depends"]
     assert artifact(prepared_store, "prepare").path.is_dir(), "plan only looks"
 
 
@@ -132,17 +132,33 @@ def test_a_base_that_means_nothing_is_told(prepared_store: Store) -> None:
         ("prepare", ["base", "prepare"]),
         ("convert", ["base", "prepare", "train", "convert"]),
         ("eval-base", ["base", "eval-base"]),
+        ("verdict", ["base", "prepare", "train", "convert", "eval-base", "eval", "verdict"]),
         ("chat", ["base", "prepare", "train", "convert", "chat"]),
     ],
 )
 def test_only_what_a_stage_needs_is_made_for_it(name: str, needed: list[str]) -> None:
-    assert [node.name for node in needed_for(name)] == needed
+    assert [node.name for node in needed_for(name, load_recipe(TINY))] == needed
 
 
-def test_inputs_come_before_what_needs_them_and_the_five_stages_are_there() -> None:
-    names = [node.name for node in PIPELINE]
-    assert all(names.index(source) < names.index(node.name) for node in PIPELINE for source in node.inputs.values())
+@pytest.mark.parametrize("overrides", [[], ["eval.production=anywhere"]])
+def test_inputs_come_before_what_needs_them_and_the_five_stages_are_there(overrides: list[str]) -> None:
+    graph = nodes(load_recipe(TINY, overrides))
+    names = [node.name for node in graph]
+    assert all(names.index(source) < names.index(node.name) for node in graph for source in node.inputs.values())
     assert [name for name in names if name in STAGES] == list(STAGES)
+
+
+def test_a_recipe_that_names_the_model_in_use_has_it_judged(prepared_store: Store) -> None:
+    model = artifact(prepared_store, "base").payload / "model"
+    steps = planned(prepared_store, f"eval.production={model}")
+    assert list(steps)[4:8] == ["eval-base", "production", "eval-production", "eval"]
+    assert (steps["production"].state, steps["eval-production"].why) == ("will run", "on production")
+    assert steps["verdict"].node.inputs["production"] == "eval-production"
+    needed = needed_for("verdict", load_recipe(TINY, [f"eval.production={model}"]))
+    assert [node.name for node in needed] == [name for name in steps if name != "chat"]
+    made = run_until("production", load_recipe(TINY, [f"eval.production={model}"]), prepared_store, print).artifact
+    assert made.digest == artifact(prepared_store, "base").digest, "the same files, wherever they lie: their evaluation is made once"
+    assert all(path.is_symlink() for path in (made.payload / "model").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
@@ -161,9 +177,12 @@ def test_inputs_come_before_what_needs_them_and_the_five_stages_are_there() -> N
         ("chat.prompts=nowhere.jsonl", DataError),
         ("data.train=nowhere.jsonl", DataError),
         ("model.base=no/where/folder", RecipeError),
+        ("eval.production=no/where/folder", RecipeError),
+        ("eval.gate=[{dataset: nobody, beat_by: 1}]", RecipeError),
+        ("eval.gate=[{dataset: chats, against: production, beat_by: 1, sure: true}]", RecipeError),
     ],
 )
 def test_a_mistake_of_a_late_stage_is_told_before_the_first(override: str, error: type[Exception]) -> None:
     check(load_recipe(TINY))
-    with pytest.raises(error, match=r"nobody|nowhere|no/where"):
+    with pytest.raises(error, match=r"nobody|nowhere|no/where|eval\.production"):
         check(load_recipe(TINY, [override]))
