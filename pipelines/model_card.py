@@ -95,11 +95,7 @@ def _results(scores: Mapping[str, Any]) -> list[EvalResult]:
 
 def _about(recipe: Recipe, facts: Facts) -> str:
     made = "A low-rank adapter for" if facts["relation"] == "adapter" else "A fine-tuned version of"
-    licence = (
-        f"Licence of the base: {plain(facts['license'])}."
-        if facts["license"]
-        else "The licence of the base model is not known here; it holds."
-    )
+    licence = f"Licence of the base: {plain(facts['license'])}." if facts["license"] else "The base model does not say its licence."
     method = "all weights" if recipe.train.method == "full" else recipe.train.method
     told = f" {plain(recipe.description)}" if recipe.description else ""
     return f"# {plain(recipe.name)}\n\n{made} {plain(facts['base'])} (trained: {method}).{told}\n{licence}\n"

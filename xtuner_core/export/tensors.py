@@ -141,7 +141,7 @@ def _finite(name: str, tensor: Lazy) -> Lazy:
     def read() -> torch.Tensor:
         found = tensor.read()
         if not all(map(_is_finite, found.reshape(-1).split(PIECE))):
-            raise DataError(f"tensor {name} holds NaN or infinity.")
+            raise DataError(f"tensor {name} holds NaN or infinity as {tensor.dtype}; it is not written.")
         return found
 
     return Lazy(tensor.shape, tensor.dtype, read)
