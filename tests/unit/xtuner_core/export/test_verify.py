@@ -18,7 +18,7 @@ def model() -> dict[str, torch.Tensor]:
         "a": torch.arange(12.0).reshape(3, 4),
         "b": torch.ones(5, dtype=torch.bfloat16),
         "empty": torch.zeros(0),
-        "one": torch.tensor(3),
+        "c": torch.tensor(3),
     }
 
 
