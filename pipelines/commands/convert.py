@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-from cyclopts import App
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+from cyclopts import App, Parameter
 
 from pipelines.commands.recipe_options import DEFAULT_STORE, STAGES, Overrides, RecipeName, StoreDir, run_stage
+from xtuner_core.errors import RecipeError
+
+if TYPE_CHECKING:
+    import torch
+
+DType = Literal["float32", "bfloat16", "float16"]
+ShardSize = Annotated[str, Parameter(help="Weights are cut into files of at most this size.")]
 
 app = App(name="convert", group=STAGES, help="Trained weights → adapter and merged Hugging Face folder, verified; and other conversions.")
 
@@ -13,3 +23,47 @@ app = App(name="convert", group=STAGES, help="Trained weights → adapter and me
 def convert(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
     """Trained weights → adapter and merged Hugging Face folder, verified."""
     run_stage("convert", recipe, overrides, store)
+
+
+def _torch_dtype(name: DType | None) -> torch.dtype | None:
+    import torch
+
+    return getattr(torch, name) if name else None
+
+
+@app.command(name=("pth_to_hf", "pth-to-hf"))
+def pth_to_hf(
+    source: Path,
+    target: Path,
+    output: Annotated[Path | None, Parameter(show=False)] = None,
+    /,
+    *,
+    base: str | None = None,
+    alpha: int | None = None,
+    dtype: DType | None = None,
+    max_shard_size: ShardSize = "5GB",
+) -> None:
+    """A .pth file or DeepSpeed folder of another trainer → Hugging Face folder, or adapter in peft's format.
+
+    Parameters
+    ----------
+    source
+        The checkpoint. No code in it is run.
+    target
+        The folder to be made.
+    base
+        Folder of the model that was trained; for an adapter a name will do, or what the file says.
+    alpha
+        LoRA's alpha, if the file does not say it.
+    dtype
+        Type of the weights; without it a model's are stored as the base's, an adapter's as they are.
+    """
+    from xtuner_core.export.pth import convert_pth
+
+    if output:
+        raise RecipeError(
+            f"pth_to_hf takes the checkpoint and the folder to be made, no config: "
+            f"xtuner convert pth_to_hf {target} {output} --base FOLDER_OF_THE_TRAINED_MODEL"
+        )
+    convert_pth(source, target, base, alpha, _torch_dtype(dtype), max_shard_size, print)
+    print(target)
