@@ -1,15 +1,16 @@
-"""Child processes that never outlive us: own session, output to a file that is followed, ended as a group.
+"""Child processes that never outlive us: under a supervisor, output to a file that is followed.
 
-Why a file: a pipe would kill the child with EPIPE when its reader dies. Why a session: the terminal's Ctrl-C reaches only us,
-and we end the child in order. Why PR_SET_PDEATHSIG: it works even if we are killed with SIGKILL.
+Why a file: a pipe would kill the child with EPIPE when its reader dies. Why a session of its own: the terminal's Ctrl-C reaches only us,
+and we end the child in order. Why a supervisor: it ends the child and everything the child started, also if we are killed with SIGKILL.
 """
 
 from __future__ import annotations
 
-import ctypes
+import errno
 import os
-import signal
+import shutil
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -17,18 +18,10 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-import psutil
+from pipelines import supervisor
+from pipelines.supervisor import KILL_SECONDS, die_with_parent
 
-_PR_SET_PDEATHSIG = 1
-_LIBC = ctypes.CDLL(None, use_errno=True)
 POLL_SECONDS = 0.2
-
-
-def die_with_parent(parent: int) -> None:
-    """In a child that process `parent` just forked: be sent SIGTERM when the thread that forked it ends."""
-    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died before the line above took effect; nobody will signal us any more
-        os._exit(128 + signal.SIGTERM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +37,19 @@ class Child:
 def child(command: Sequence[str | Path], output: Path, env: Mapping[str, str], grace: float, cwd: Path | None = None) -> Iterator[Child]:
     """Start `command` with stdout and stderr appended to `output`; however the block ends, none of its processes is left.
 
-    `grace`: seconds between SIGTERM and SIGKILL. Enter and leave the block in one thread: the child is signalled when the
+    `grace`: seconds between SIGTERM and SIGKILL. Enter and leave the block in one thread: the child is ended when the
     thread that started it ends, not only when the whole process does.
+
+    Raises:
+        FileNotFoundError: there is no such program.
     """
+    words = [str(part) for part in command]
+    if shutil.which(words[0], path=env.get("PATH")) is None:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), words[0])
     with open(output, "ab") as sink:
         start = sink.tell()
         process = subprocess.Popen(
-            [str(part) for part in command],
+            [sys.executable, "-I", supervisor.__file__, str(grace), *words],
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
@@ -62,42 +61,23 @@ def child(command: Sequence[str | Path], output: Path, env: Mapping[str, str], g
     try:
         yield Child(process, output, start)
     finally:
-        end_group(process, grace)
+        _end(process, grace)
 
 
-def end_group(process: subprocess.Popen[bytes], grace: float) -> None:
-    """SIGTERM to the group, up to `grace` seconds for its leader to end, then SIGKILL to all that is left.
-
-    A leader whose children are in sessions of their own (torchrun's ranks) must forward SIGTERM, as torchrun does: `grace` has to
-    be longer than it gives them. Killed are they too if the leader is still there, but not if it died and left them behind.
-    A second Ctrl-C cuts the grace short.
-    """
+def _end(process: subprocess.Popen[bytes], grace: float) -> None:
+    """Have it ended in order; a second Ctrl-C cuts its grace short. Only a supervisor that does not answer is killed."""
     try:
-        if process.poll() is None:
-            _signal_group(process.pid, signal.SIGTERM)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(grace)
+        process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(grace + KILL_SECONDS)
     finally:
-        elsewhere = _descendants(process)
-        _signal_group(process.pid, signal.SIGKILL)
-        for orphan in elsewhere:
-            with suppress(psutil.Error):
-                orphan.kill()
-        process.wait()
-
-
-def _descendants(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """Children and their children, whatever their session; none if the process has ended (its number may be another's by now)."""
-    if process.poll() is not None:
-        return []
-    with suppress(psutil.Error):
-        return psutil.Process(process.pid).children(recursive=True)
-    return []
-
-
-def _signal_group(group: int, number: signal.Signals) -> None:
-    with suppress(ProcessLookupError):
-        os.killpg(group, number)
+        if process.poll() is None:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(2 * KILL_SECONDS)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
 
 def follow(running: Child, on_line: Callable[[str], None], timeout: float | None = None) -> int:

@@ -122,17 +122,16 @@ def test_a_grandchild_that_ignores_sigterm_is_killed(tmp_path: Path, own_session
     assert _until(lambda: not any(_alive(pid) for pid in family), 5)
 
 
-def test_a_grandchild_that_outlives_its_parent_is_killed(tmp_path: Path) -> None:
-    code = FAMILY.format(own_session=False, then="sys.exit(3)")
+@pytest.mark.parametrize("own_session", [False, True])
+def test_a_grandchild_that_outlives_its_parent_is_killed(tmp_path: Path, own_session: bool) -> None:
+    code = FAMILY.format(own_session=own_session, then="sys.exit(3)")
     with child(_python(code, tmp_path / "family"), tmp_path / "log", os.environ, grace=0.5) as running:
         assert follow(running, print) == 3
-        grandchild = _family(tmp_path / "family")[1]
-        assert _alive(grandchild)
-    assert _until(lambda: not _alive(grandchild), 5)
+        assert not any(_alive(pid) for pid in _family(tmp_path / "family"))
 
 
-def _parent(tmp_path: Path, then: str, grace: float) -> tuple[subprocess.Popen[bytes], list[int]]:
-    family = FAMILY.format(own_session=False, then=then)
+def _parent(tmp_path: Path, then: str, grace: float, own_session: bool = False) -> tuple[subprocess.Popen[bytes], list[int]]:
+    family = FAMILY.format(own_session=own_session, then=then)
     command = _python(PARENT, family, tmp_path / "family", tmp_path / "log", str(grace))
     parent = subprocess.Popen(command, cwd=ROOT, stderr=subprocess.DEVNULL)
     return parent, _family(tmp_path / "family")
@@ -145,11 +144,21 @@ def _end(parent: subprocess.Popen[bytes], family: list[int]) -> None:
         os.kill(pid, signal.SIGKILL)
 
 
-def test_the_child_dies_when_its_parent_is_killed_with_sigkill(tmp_path: Path) -> None:
-    parent, family = _parent(tmp_path, WAIT, grace=60)
+@pytest.mark.parametrize(("own_session", "then"), [(False, WAIT), (True, WAIT), (True, DEAF)])
+def test_the_whole_family_dies_when_its_parent_is_killed_with_sigkill(tmp_path: Path, own_session: bool, then: str) -> None:
+    parent, family = _parent(tmp_path, then, grace=0.5, own_session=own_session)
     try:
         parent.kill()
-        assert _until(lambda: not _alive(family[0]), 5)
+        assert _until(lambda: not any(_alive(pid) for pid in family), 10)
+    finally:
+        _end(parent, family)
+
+
+def test_the_child_dies_when_its_supervisor_is_killed_with_sigkill(tmp_path: Path) -> None:
+    parent, family = _parent(tmp_path, WAIT, grace=0.5)
+    try:
+        psutil.Process(parent.pid).children()[0].kill()
+        assert _until(lambda: not _alive(family[0]), 10)
     finally:
         _end(parent, family)
 
@@ -178,7 +187,7 @@ def test_a_second_control_c_does_not_wait_for_a_deaf_child(tmp_path: Path) -> No
 
 
 def test_a_child_whose_parent_died_before_it_could_ask_does_not_start(tmp_path: Path) -> None:
-    code = "import os; from pipelines.processes import die_with_parent; die_with_parent(os.getppid() + 1); print('started')"
+    code = "import os; from pipelines.supervisor import die_with_parent; die_with_parent(os.getppid() + 1); print('started')"
     done = subprocess.run(_python(code), cwd=ROOT, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (128 + signal.SIGTERM, "")
 
