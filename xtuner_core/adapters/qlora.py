@@ -7,13 +7,15 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import torch
+from torch.nn import Linear
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from xtuner_core.adapters import lora
 from xtuner_core.config import TrainConfig
 from xtuner_core.durable import write_json
 from xtuner_core.errors import RecipeError
-from xtuner_core.export.tensors import Tensors
+from xtuner_core.export.tensors import Lazy, Tensors
 from xtuner_core.models.precision import COMPUTE
 
 READ_BY_ALL = True
@@ -61,3 +63,27 @@ def save_adapter(tensors: Tensors, train: TrainConfig, base: str, folder: Path) 
     """Write trained adapter tensors as a folder that peft loads, and in a file of its own beside which base they were trained."""
     lora.save_adapter(tensors, train, base, folder)
     write_json(folder / QUANTIZED_BASE, {"quantization": "nf4", "double_quantization": True, "dtype": str(COMPUTE[train.dtype])[6:]})
+
+
+def as_quantized(base: Tensors, model: PreTrainedModel, dtype: torch.dtype) -> dict[str, Lazy]:
+    """The weights of the base as `load` makes them of `base` for a run in `dtype`: linear layers as what their 4 bits stand for.
+
+    `model` has the base's layers, if need be without numbers (RecipeError: bitsandbytes is not installed).
+    """
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    spared = get_keys_to_not_convert(model)
+    linear = {f"{name}.weight" for name, module in model.named_modules() if type(module) is Linear and should_convert_module(name, spared)}
+    rounded = {name: tensor.to(dtype) if tensor.dtype.is_floating_point else tensor for name, tensor in base.items()}
+    return {name: _there_and_back(tensor) if name in linear else tensor for name, tensor in rounded.items()}
+
+
+def _there_and_back(weight: Lazy) -> Lazy:
+    bitsandbytes = _bitsandbytes()
+
+    def read() -> torch.Tensor:
+        packed = bitsandbytes.nn.Params4bit(weight.read(), requires_grad=False, quant_type="nf4", quant_storage=weight.dtype).to("cpu")
+        return bitsandbytes.functional.dequantize_4bit(packed.data, packed.quant_state)
+
+    return Lazy(weight.shape, weight.dtype, read)
