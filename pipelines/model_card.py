@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from pipelines.figures import figure, gained, percent
 from pipelines.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -23,7 +24,7 @@ def card(recipe: Recipe, facts: Facts, scores: Mapping[str, Any] | None = None) 
 
     `facts` is what the convert stage found (its payload/facts.json): `base`, `license` (None: not known), `relation` (finetune, adapter
     or merge), `dtype`, `tensors`, `parameters`, `checks` {name: figure}, `data` [{file, sha256}], `counts` {name: number} and
-    `training` {name: figure}. `scores` is the verdict's scores.json; only its `datasets` are read.
+    `training` {name: figure}. `scores` is the verdict's scores.json.
     """
     sections = (
         _about(recipe, facts),
@@ -102,26 +103,21 @@ def _about(recipe: Recipe, facts: Facts) -> str:
 
 
 def _scores(scores: Mapping[str, Any]) -> str:
-    """A row for each data set: the figures, and what the tuned model gained over the others with its interval."""
+    """A row for each data set: the figures, and how much better the tuned model is than the others, with its interval."""
     contenders = [name for name in CONTENDERS if any(name in one["values"] for one in scores["datasets"].values())]
     others = [name for name in contenders if name != "tuned"]
-    head = ("data set", "figure", *contenders, *(f"tuned − {name}" for name in others))
+    head = ("data set", "metric", *contenders, *(f"better than {name}" for name in others))
     rows = [
         (
             name,
-            f"{one['metric']} {one['unit']}".strip(),
-            *(_number(one["values"].get(contender)) for contender in contenders),
-            *(_interval(one["differences"].get(other)) for other in others),
+            one["metric"],
+            *(figure(one["values"][contender], one["unit"]) for contender in contenders),
+            *(gained(one["differences"][other], one["unit"]) for other in others),
         )
         for name, one in scores["datasets"].items()
     ]
-    return _section("Scores", _table(head, rows))
-
-
-def _interval(difference: Mapping[str, Any] | None) -> str:
-    if difference is None:
-        return "–"
-    return f"{_number(difference['value'])} ({_number(difference['low'])} … {_number(difference['high'])})"
+    told = f"In brackets: {percent(scores['confidence'])} interval of the difference; a positive difference is a better model."
+    return _section("Scores", _table(head, rows), told)
 
 
 def _checked(facts: Facts) -> dict[str, Any]:

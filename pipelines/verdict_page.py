@@ -12,7 +12,7 @@ from pipelines.page_parts import document, safe, section, table
 
 _STYLE = """
 .interval { stroke: var(--bar); stroke-width: 3; } .gain { fill: var(--bar); } svg .name { fill: var(--ink); font-size: 13px; }
-.zero { stroke: var(--soft); } td { white-space: pre-wrap; overflow-wrap: anywhere; }
+.zero { stroke: var(--soft); } .number { white-space: normal; } details td { white-space: pre-wrap; overflow-wrap: anywhere; }
 details { margin: .4rem 0; } summary { cursor: pointer; }
 """
 _SHOWN_FLIPS = 200
@@ -67,21 +67,26 @@ def _figures(datasets: Mapping[str, Any]) -> str:
 
 def _flips(datasets: Mapping[str, Any]) -> str:
     found = [
-        _flipped(f"{name}, against {role}: {title}", difference[kind])
+        _flipped(f"{name}, against {role}", difference)
         for name, dataset in datasets.items()
         for role, difference in dataset["differences"].items()
-        for title, kind in (("became wrong", "became_wrong"), ("became right", "became_right"))
+        if difference["became_right"] or difference["became_wrong"]
     ]
     return "".join(found) or '<p class="soft">None.</p>'
 
 
-def _flipped(title: str, flips: Sequence[Mapping[str, str]]) -> str:
-    if not flips:
-        return ""
+def _flipped(title: str, difference: Mapping[str, Any]) -> str:
+    kinds = (("became wrong", difference["became_wrong"]), ("became right", difference["became_right"]))
+    counts = " and ".join(f"{len(flips)} {kind}" for kind, flips in kinds)
+    told = f"{title}: {counts} (McNemar's exact test: p = {difference['p_value']:.2g})"
+    return f"<p>{safe(told)}</p>" + "".join(_answers(kind, flips) for kind, flips in kinds if flips)
+
+
+def _answers(kind: str, flips: Sequence[Mapping[str, str]]) -> str:
     rows = ((flip["question"], flip["expected"], flip["before"], flip["after"]) for flip in flips[:_SHOWN_FLIPS])
     more = f'<p class="soft">{len(flips) - _SHOWN_FLIPS} more: scores.json.</p>' if len(flips) > _SHOWN_FLIPS else ""
     shown = table(("question", "expected", "answer before", "answer of the tuned model"), rows) + more
-    return f"<details><summary>{safe(title)} ({safe(len(flips))})</summary>{shown}</details>"
+    return f"<details><summary>{kind}: {safe(len(flips))}</summary>{shown}</details>"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +147,10 @@ def _plot(unit: str, rows: Sequence[_Row]) -> str:
         if row.ends:
             drawn.append(f'<line class="interval" x1="{across(row.ends[0])}" x2="{across(row.ends[1])}" y1="{middle}" y2="{middle}"/>')
         drawn.append(f'<circle class="gain" cx="{across(row.value)}" cy="{middle}" r="5"/>')
-    labels = [f'<text x="{across(tick)}" y="{bottom + 16}" text-anchor="middle">{tick:+g}</text>' for tick in _ticks(left, right)]
+    labels = [
+        f'<text x="{across(tick)}" y="{bottom + 16}" text-anchor="middle">{f"{tick:+g}" if tick else 0}</text>'
+        for tick in _ticks(left, right)
+    ]
     labels.append(f'<text x="0" y="{bottom + 16}">{safe(unit)}</text>')
     body = upright("zero", 0.0, _TOP, bottom) + "".join([*drawn, *labels])
     return f'<svg viewBox="0 0 {_WIDTH} {bottom + 24}" role="img" aria-label="Differences in {safe(unit)}">{body}</svg>'
