@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.artifacts import Artifact, Result
+from pipelines.chat import told
 from pipelines.figures import figure, gained
 from pipelines.pipeline import STAGES
 from pipelines.recipe import Recipe
@@ -72,8 +73,7 @@ def _result(name: str, summary: Mapping[str, Any], results: Mapping[str, Result]
         case "eval":
             return ", ".join(_score(name, one) for name, one in results["verdict"].artifact.metrics["datasets"].items())
         case _:
-            why = "".join(f"; {reason}" for reason in summary["chat"]["why"])
-            return f"{metrics['passed']} of {metrics['total']} answers right{why}"
+            return told(metrics)
 
 
 def _score(name: str, dataset: Mapping[str, Any]) -> str:
@@ -85,7 +85,8 @@ def page(summary: Mapping[str, Any], results: Mapping[str, Result]) -> str:
     """The markdown artifact: table, verdict, loss curve, three answers."""
     curve = _picture(results["train"].artifact.record / "loss.png")
     prepared = results["prepare"].artifact.record
-    answers = "\n".join(_answer(answer) for answer in results["chat"].artifact.metrics["answers"])
+    chat = results["chat"].artifact.metrics
+    answers = "\n".join([*(_answer(answer) for answer in chat["answers"]), *(_smoke_answer(answer) for answer in chat["smoke"])])
     model = results["convert"].artifact.payload / "model"
     return (
         f"# {summary['recipe']}\n\n{table(summary, results)}\n\n{_verdict(results['verdict'].artifact)}\n\n"
@@ -118,3 +119,9 @@ def _picture(path: Path) -> str:
 def _answer(answer: Mapping[str, Any]) -> str:
     asked = answer["messages"][-1]["content"].replace("\n", " ")
     return f"- **{asked}** → {answer['answer'].strip() or '(nothing)'} {'✓' if answer['correct'] else '✗ expected ' + answer['expected']}"
+
+
+def _smoke_answer(answer: Mapping[str, Any]) -> str:
+    asked = answer["messages"][-1]["content"].strip().replace("\n", " ")
+    verdict = f"✗ {'; '.join(answer['failures'])}" if answer["failures"] else "✓"
+    return f"- **{asked}** → {answer['answer'].strip() or '(nothing)'} {verdict}"

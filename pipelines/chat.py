@@ -1,61 +1,59 @@
-"""Stage chat: the exported model is served and asked held-out questions, as a user would ask it."""
+"""Stage chat: the exported model is served and asked, as a user would ask it: smoke prompts with expectations, held-out questions."""
 
 from __future__ import annotations
 
-import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from statistics import median
+from typing import Any
 
 from pipelines import chatters
-from pipelines.chatters import Endpoint, Request
+from pipelines.chatters import Request
+from pipelines.client import Reply, ask, client
+from pipelines.expectations import failures, slowness
 from pipelines.heldout import HeldOut, read_heldout
-from pipelines.processes import tail
 from pipelines.recipe import ChatConfig, Recipe, resolve_path
+from pipelines.smoke import Prompt, load_smoke
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core.durable import write_json
-from xtuner_core.errors import DataError, UserError
+from xtuner_core.errors import DataError
 
-if TYPE_CHECKING:
-    from openai import OpenAI
-
-
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """A question and what the model made of it."""
-
-    messages: tuple[dict[str, str], ...]
-    expected: str
-    answer: str
-    finish: str
-    """`stop`: the model ended its turn; `length`: it was cut at max_tokens."""
-    correct: bool
+SHOWN = 3
 
 
 def run(recipe: Recipe, work: Work) -> Metrics:
     """Serve the model, ask, and judge; a failed verdict is a result (`ok` false), trouble with the server an error.
 
+    The payload holds what the answers say, the record how fast they came. An answer that was too slow is in the record and the metrics.
+
     Raises:
+        RecipeError: the smoke test is unknown or wrong.
         UserError: the server did not start, ended or refused a question.
     """
-    config = recipe.chat
-    samples = spread(read_heldout(prompts), config.count) if (prompts := _prompts(recipe)) else []
+    config, model_dir = recipe.chat, work.inputs["model"] / "model"
+    prompts, samples = _smoke(config), _samples(recipe)
+    asked = [(one.conversation(), one.max_tokens) for one in prompts] + [(one.messages, config.max_tokens) for one in samples]
     server_log = work.record / "server.log"
-    work.log(f"chat: {len(samples)} held-out questions for {config.chatter}; its output is in {server_log}")
+    work.log(f"chat: {len(prompts)} smoke prompts, {len(samples)} held-out questions for {config.chatter}; its output is in {server_log}")
     started = time.monotonic()
-    request = Request(work.inputs["model"] / "model", port=config.port, start_timeout=config.start_timeout, url=config.url)
-    with chatters.choose(config.chatter).serve(request, server_log, work.log) as endpoint:
+    request = Request(model_dir, port=config.port, start_timeout=config.start_timeout, url=config.url)
+    with chatters.choose(config.chatter).serve(request, server_log, work.log) as endpoint, client(endpoint, server_log) as openai:
         start_seconds = time.monotonic() - started
-        with client(endpoint, server_log) as openai:
-            timed = [ask(openai, endpoint.model, sample, config.max_tokens) for sample in samples]
-    result = judge([answer for answer, _ in timed], config)
+        greedy = {"model": endpoint.model, "temperature": 0}
+        replies = [ask(openai, greedy | {"messages": messages, "max_tokens": limit}, model_dir) for messages, limit in asked]
+    result = judge(prompts, replies[: len(prompts)], samples, replies[len(prompts) :], config)
     write_json(work.payload / "chat.json", result)
-    write_json(work.record / "latency.json", {"start_seconds": start_seconds, "answer_seconds": [seconds for _, seconds in timed]})
-    work.log(f"chat: {result['passed']} of {result['total']} answers are right" + "".join(f"; {reason}" for reason in result["why"]))
-    return result | {"answers": result["answers"][:3]}
+    late = [
+        f"smoke prompt {one.name} {reason}" for one, reply in zip(prompts, replies, strict=False) if (reason := slowness(one.expect, reply))
+    ]
+    speed = _speed(replies)
+    named = [*(one.name for one in prompts), *(f"line {one.line}" for one in samples)]
+    latency = [{"asked": name} | _times(reply) for name, reply in zip(named, replies, strict=True)]
+    write_json(work.record / "latency.json", {"start_seconds": start_seconds, **speed, "late": late, "answers": latency})
+    metrics = result | speed | {"ok": result["ok"] and not late, "why": result["why"] + late} | _for_the_page(result)
+    work.log(f"chat: {told(metrics)}")
+    return metrics
 
 
 def spread(samples: list[HeldOut], count: int) -> list[HeldOut]:
@@ -64,64 +62,107 @@ def spread(samples: list[HeldOut], count: int) -> list[HeldOut]:
     return [samples[index * len(samples) // count] for index in range(count)]
 
 
-@contextmanager
-def client(endpoint: Endpoint, server_log: Path) -> Iterator[OpenAI]:
-    """An OpenAI client that speaks to loopback directly, whatever proxy the environment names.
-
-    Raises:
-        UserError: a request failed; the message holds the end of the server's log.
-    """
-    import openai
-
-    direct = openai.DefaultHttpxClient(trust_env=False)
-    with openai.OpenAI(base_url=endpoint.base_url, api_key=endpoint.api_key, max_retries=0, http_client=direct) as connection:
-        try:
-            yield connection
-        except (openai.OpenAIError, json.JSONDecodeError) as error:
-            raise UserError(f"the chat server did not answer: {error}. The end of its log:\n{tail(server_log)}") from None
-
-
-def ask(openai: OpenAI, model: str, sample: HeldOut, max_tokens: int) -> tuple[Answer, float]:
-    """The model's greedy answer, and the seconds it took."""
-    started = time.monotonic()
-    messages: Any = sample.messages
-    reply = openai.chat.completions.create(model=model, messages=messages, temperature=0, max_tokens=max_tokens)
-    text, finish = reply.choices[0].message.content or "", reply.choices[0].finish_reason
-    correct = text.strip() == sample.expected.strip()
-    return Answer(sample.messages, sample.expected, text, finish, correct), time.monotonic() - started
+def judge(
+    prompts: Sequence[Prompt], to_prompts: Sequence[Reply], samples: Sequence[HeldOut], to_samples: Sequence[Reply], config: ChatConfig
+) -> dict[str, Any]:
+    """The verdict: which prompts pass, how many held-out answers are right, whether that is enough, and if not, why."""
+    smoke = [_smoke_row(prompt, reply) for prompt, reply in zip(prompts, to_prompts, strict=True)]
+    answers = [_answer_row(sample, reply) for sample, reply in zip(samples, to_samples, strict=True)]
+    why = [f"smoke prompt {row['name']} {reason}" for row in smoke for reason in row["failures"]] + list(_heldout_failures(answers, config))
+    return {
+        "passed": sum(row["correct"] for row in answers),
+        "total": len(answers),
+        "smoke_passed": sum(not row["failures"] for row in smoke),
+        "smoke_total": len(smoke),
+        "ok": not why,
+        "why": why,
+        "answers": answers,
+        "smoke": smoke,
+    }
 
 
-def judge(answers: list[Answer], config: ChatConfig) -> dict[str, Any]:
-    """The verdict: how many are right, whether that is enough, and if not, why."""
+def told(metrics: Mapping[str, Any]) -> str:
+    """What came out, in one line."""
+    parts = []
+    if metrics["smoke_total"]:
+        parts.append(f"{metrics['smoke_passed']} of {metrics['smoke_total']} smoke prompts pass")
+    if metrics["total"]:
+        parts.append(f"{metrics['passed']} of {metrics['total']} answers are right")
+    if metrics["tokens_per_second"] is not None:
+        parts.append(f"first token after {metrics['first_token_seconds']:.2f} s, then {metrics['tokens_per_second']:.0f} tokens/s")
+    return "; ".join([", ".join(parts), *metrics["why"]])
+
+
+def _smoke_row(prompt: Prompt, reply: Reply) -> dict[str, Any]:
+    shown = {"name": prompt.name, "messages": prompt.conversation(), "answer": reply.text, "finish": reply.finish}
+    return shown | {"failures": list(failures(prompt.expect, reply))}
+
+
+def _answer_row(sample: HeldOut, reply: Reply) -> dict[str, Any]:
+    correct = reply.text.strip() == sample.expected.strip()
+    return {
+        "messages": sample.messages,
+        "expected": sample.expected,
+        "answer": reply.text,
+        "finish": reply.finish,
+        "correct": correct,
+    }
+
+
+def _heldout_failures(answers: Sequence[Mapping[str, Any]], config: ChatConfig) -> Iterator[str]:
     total = len(answers)
-    passed = sum(answer.correct for answer in answers)
-    empty = sum(not answer.answer.strip() for answer in answers)
-    cut = sum(answer.finish != "stop" for answer in answers)
-    why = []
-    if empty:
-        why.append(f"{empty} of {total} answers are empty")
-    if cut and config.must_stop:
-        why.append(f"{cut} of {total} answers did not end by themselves within {config.max_tokens} tokens")
+    if empty := sum(not row["answer"].strip() for row in answers):
+        yield f"{empty} of {total} answers are empty"
+    if config.must_stop and (cut := sum(row["finish"] != "stop" for row in answers)):
+        yield f"{cut} of {total} answers did not end by themselves within {config.max_tokens} tokens"
+    passed = sum(row["correct"] for row in answers)
     if passed < config.min_correct * total:
-        why.append(f"{passed} of {total} answers are right, chat.min_correct asks for a share of {config.min_correct:g}")
-    return {"passed": passed, "total": total, "ok": not why, "why": why, "answers": [asdict(answer) for answer in answers]}
+        yield f"{passed} of {total} answers are right, chat.min_correct asks for a share of {config.min_correct:g}"
 
 
-def _prompts(recipe: Recipe) -> Path | None:
+def _for_the_page(result: Mapping[str, Any]) -> dict[str, Any]:
+    """The first answers, for the page about the run; all of them are in the payload."""
+    return {"answers": result["answers"][:SHOWN], "smoke": result["smoke"][:SHOWN]}
+
+
+def _times(reply: Reply) -> dict[str, Any]:
+    return {
+        "seconds": reply.seconds,
+        "first_token_seconds": reply.first_token_seconds,
+        "tokens": reply.tokens,
+        "counted_by": reply.counted_by,
+        "tokens_per_second": reply.tokens_per_second,
+    }
+
+
+def _speed(replies: Sequence[Reply]) -> dict[str, float | None]:
+    """Medians over the answers; None if no answer was long enough to tell."""
+    first = [reply.first_token_seconds for reply in replies if reply.first_token_seconds is not None]
+    rate = [reply.tokens_per_second for reply in replies if reply.tokens_per_second is not None]
+    return {"first_token_seconds": median(first) if first else None, "tokens_per_second": median(rate) if rate else None}
+
+
+def _smoke(config: ChatConfig) -> tuple[Prompt, ...]:
+    return load_smoke(config.smoke).prompts if config.smoke else ()
+
+
+def _samples(recipe: Recipe) -> list[HeldOut]:
+    return [sample for path in _files(recipe) for sample in spread(read_heldout(path), recipe.chat.count)]
+
+
+def _files(recipe: Recipe) -> list[Path]:
     if recipe.chat.prompts is None:
-        return None
+        return []
     path = resolve_path(recipe.chat.prompts)
     if not path.is_file():
         raise DataError(f"{path}: no such file. It is chat.prompts of recipe {recipe.name}; correct the path or make the file.")
-    return path
+    return [path]
 
 
-STAGE = Stage(
-    name="chat",
-    version=1,
-    run=run,
-    # Of the prompts, the bytes count.
-    settings=lambda recipe: recipe.chat.model_dump(mode="json", exclude={"port", "prompts", "start_timeout"}),
-    files=lambda recipe: [path for path in [_prompts(recipe)] if path],
-    libraries=("torch", "transformers", "tokenizers"),
-)
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    """Of the smoke test what it says counts; of the held-out questions the file's bytes."""
+    plain = recipe.chat.model_dump(mode="json", exclude={"port", "prompts", "smoke", "start_timeout"})
+    return plain | {"smoke": [prompt.model_dump(mode="json") for prompt in _smoke(recipe.chat)]}
+
+
+STAGE = Stage(name="chat", version=2, run=run, settings=_settings, files=_files, libraries=("torch", "transformers", "tokenizers"))

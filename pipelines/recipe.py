@@ -95,6 +95,12 @@ class ChatConfig(Config):
     port: int | None = Field(default=None, ge=1, le=65535, description="Port of the server on loopback (a free one if not given).")
     start_timeout: int = Field(default=900, ge=1, description="Seconds until the server must be healthy; a large model may come slowly.")
 
+    @model_validator(mode="after")
+    def _asks_something(self) -> ChatConfig:
+        if self.smoke is None and self.prompts is None:
+            raise ValueError("nothing is asked; give smoke (general, or a YAML file of your own), prompts, or both")
+        return self
+
 
 class Recipe(Config):
     """A whole fine-tuning run: prepare → train → convert → eval → chat."""

@@ -8,8 +8,8 @@ from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from pipelines import chatters
-from pipelines.chat import client
 from pipelines.chatters import Request
+from pipelines.client import client
 from xtuner_core.errors import RecipeError
 
 if TYPE_CHECKING:

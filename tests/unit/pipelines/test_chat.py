@@ -10,22 +10,27 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines import chat
-from pipelines.chat import Answer, judge, spread
+from pipelines.chat import judge, spread, told
 from pipelines.chatters import _server
+from pipelines.client import Reply
 from pipelines.heldout import HeldOut
 from pipelines.recipe import ChatConfig, Recipe, load_recipe
+from pipelines.smoke import Prompt
 from pipelines.terminal_chat import converse
 from xtuner_core.errors import DataError, RecipeError
 
 CONFIG = ChatConfig.model_validate({"prompts": "x.jsonl", "min_correct": 0.8, "max_tokens": 8})
 
 
-def _answers(*texts: str, finish: str = "stop") -> list[Answer]:
-    return [Answer(({"role": "user", "content": "?"},), "yes", text, finish, text == "yes") for text in texts]
+def _judge(*texts: str, finish: str = "stop", **changes: object) -> dict[str, Any]:
+    """The verdict about these answers to a held-out question whose right answer is yes."""
+    replies = [Reply(text, finish, 2, "server", 0.1, 0.2) for text in texts]
+    return judge([], [], [HeldOut(({"role": "user", "content": "?"},), "yes", 1)] * len(texts), replies, CONFIG.model_copy(update=changes))
 
 
 def _recipe(*overrides: str) -> Recipe:
@@ -39,24 +44,35 @@ def test_questions_are_spread_over_the_file(count: int, lines: list[int]) -> Non
 
 
 def test_exactly_the_asked_share_is_enough() -> None:
-    result = judge(_answers("yes", "yes", "yes", "yes", "no"), CONFIG)
+    result = _judge("yes", "yes", "yes", "yes", "no")
     assert (result["passed"], result["total"], result["ok"], result["why"]) == (4, 5, True, [])
 
 
 def test_one_right_answer_too_few_fails_and_says_so() -> None:
-    result = judge(_answers("yes", "yes", "yes", "no", "no"), CONFIG)
+    result = _judge("yes", "yes", "yes", "no", "no")
     assert result["ok"] is False
     assert result["why"] == ["3 of 5 answers are right, chat.min_correct asks for a share of 0.8"]
 
 
 def test_an_empty_answer_fails_however_few_must_be_right() -> None:
-    result = judge(_answers("yes", " \n"), CONFIG.model_copy(update={"min_correct": 0.0}))
+    result = _judge("yes", " \n", min_correct=0.0)
     assert (result["ok"], result["why"]) == (False, ["1 of 2 answers are empty"])
 
 
 @pytest.mark.parametrize(("must_stop", "ok"), [(True, False), (False, True)])
 def test_an_answer_that_was_cut_fails_only_if_it_must_stop(must_stop: bool, ok: bool) -> None:
-    assert judge(_answers("yes", finish="length"), CONFIG.model_copy(update={"must_stop": must_stop}))["ok"] is ok
+    assert _judge("yes", finish="length", must_stop=must_stop)["ok"] is ok
+
+
+def test_a_smoke_prompt_that_fails_is_named_with_every_reason() -> None:
+    prompts = [Prompt.model_validate({"name": name, "user": "?", "expect": {"contains": "yes"}}) for name in ("good", "bad")]
+    replies = [Reply(text, finish, 2, "server", 0.1, 0.2) for text, finish in (("Yes.", "stop"), ("No", "length"))]
+    result = judge(prompts, replies, [], [], CONFIG)
+    assert (result["smoke_passed"], result["smoke_total"], result["passed"], result["total"], result["ok"]) == (1, 2, 0, 0, False)
+    assert result["why"] == ["smoke prompt bad did not end by itself within 2 tokens", "smoke prompt bad does not contain 'yes'"]
+    speed = {"first_token_seconds": 0.1, "tokens_per_second": 30.4}
+    assert told(result | speed).startswith("1 of 2 smoke prompts pass, first token after 0.10 s, then 30 tokens/s; smoke prompt bad did")
+    assert told(_judge("yes") | {"first_token_seconds": None, "tokens_per_second": None}) == "1 of 1 answers are right"
 
 
 def test_port_and_path_of_the_prompts_do_not_decide_the_key_but_their_bytes_do(tmp_path: Path) -> None:
