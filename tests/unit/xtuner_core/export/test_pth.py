@@ -19,8 +19,10 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from xtuner_core.errors import DataError, RecipeError
+from xtuner_core.export import torch_files
 from xtuner_core.export.pth import convert_pth
 from xtuner_core.export.pth_adapter import literals
+from xtuner_core.export.torch_files import Inert
 
 Weights = dict[str, torch.Tensor]
 IDS = torch.arange(40)[None]
@@ -261,10 +263,13 @@ def test_a_file_with_code_is_refused_by_its_name(function: Any, name: str, zippe
     assert [file.name for file in tmp_path.iterdir()] == ["a.pth"]
 
 
-def test_a_stand_in_calls_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str], trained: Weights, tiny_model_folder: Path) -> None:
+def test_a_stand_in_calls_nothing(tmp_path: Path) -> None:
     """`getattr` is let through by its name, as a stand-in: what it would get is never got, and cannot be called."""
-    torch.save({"state_dict": trained, "x": Calls(getattr, np.dtype, "name"), "y": np.arange(3)}, tmp_path / "a.pth")
-    convert(tmp_path / "a.pth", tmp_path / "hf", tiny_model_folder)
+    torch.save({"got": Calls(getattr, np.dtype, "name"), "array": np.arange(3)}, tmp_path / "a.pth")
+    assert {type(value) for value in torch_files.load(tmp_path / "a.pth").values()} == {Inert}
+    torch.save({"called": Calls("a".upper)}, tmp_path / "b.pth")  # pickled as getattr("a", "upper")()
+    with pytest.raises(DataError, match=r"unrecognized function .*Inert"):
+        torch_files.load(tmp_path / "b.pth")
 
 
 def lacking(weights: Weights) -> Weights:
