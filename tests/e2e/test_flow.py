@@ -20,15 +20,15 @@ import pytest
 
 from pipelines import chatters
 from pipelines.artifacts import Artifact, Store
-from pipelines.pipeline import PIPELINE, STAGES
+from pipelines.pipeline import STAGES, nodes
 from pipelines.recipe import PROJECT, load_recipe
 
 pytestmark = pytest.mark.slow
 
 TINY = "qwen3_tiny_full_openai"
 SHORT = ["train.total_step=6", "eval.limit=4"]
-NODES = [node.name for node in PIPELINE]
-RUN_FIELDS = {"recipe", "stages", "support", "scores", "chat", "ok"}
+NODES = [node.name for node in nodes(load_recipe(TINY))]
+RUN_FIELDS = {"recipe", "stages", "support", "scores", "differences", "gate", "chat", "ok"}
 STAGE_FIELDS = {"name", "key", "state", "seconds", "artifact"}
 
 INTERRUPTED = """
@@ -74,7 +74,8 @@ def prefect_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 def run_flow(store: Store, *overrides: str) -> Run:
     from flows.finetune import finetune_flow
 
-    return _as_recorded(finetune_flow(load_recipe(TINY, [*SHORT, *overrides]), store.root, return_state=True), len(NODES))
+    recipe = load_recipe(TINY, [*SHORT, *overrides])
+    return _as_recorded(finetune_flow(recipe, store.root, return_state=True), len(nodes(recipe)))
 
 
 def _as_recorded(state: Any, count: int) -> Run:
@@ -149,7 +150,9 @@ def test_the_first_run_makes_every_stage(first: Run, store: Store) -> None:
 def test_the_report_has_table_picture_and_answers(first: Run) -> None:
     page = report()
     assert page.startswith(f"# {TINY}\n")
-    assert [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")][1:] == [f"| {name}" for name in STAGES]
+    rows = [line.split(" | ")[0] for line in page.splitlines() if line.startswith("| ")]
+    assert rows == ["| stage", *(f"| {name}" for name in STAGES), "| data set", "| chats"]
+    assert "\n## Verdict\n\nThe gate is open: the recipe demands nothing" in page
     assert "![training loss](data:image/png;base64,iVBOR" in page
     assert page.count("\n- **") == stage(first, "chat").metrics["total"] == 2
     assert str(stage(first, "convert").payload / "model") in page
@@ -160,6 +163,8 @@ def test_scores_are_opencompass_s_of_both_models(first: Run) -> None:
         scores = json.loads((stage(first, name).payload / "scores.json").read_text())["datasets"]["chats"]
         assert len(scores["samples"]) == 4
         assert first.summary["scores"][role] == {"chats": scores["value"]}
+    assert first.summary["differences"]["chats"]["base"]["low"] <= first.summary["differences"]["chats"]["base"]["high"]
+    assert stage(first, "verdict").metrics["gate"] == first.summary["gate"] == {"passed": True, "rules": []}
 
 
 def test_the_second_run_shows_cached_and_writes_nothing(first: Run, store: Store) -> None:
@@ -212,6 +217,32 @@ def test_a_failed_chat_test_fails_the_flow_but_keeps_the_model(first: Run, store
     assert "✗ expected" in report()
 
 
+def test_a_gate_that_is_not_passed_fails_the_flow_but_keeps_the_model(first: Run, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    """The base is also the model in use here, so that its evaluation is there already."""
+    from flows.finetune import run as program
+
+    before = whole(store)
+    rules = "[{dataset: chats, lose_at_most: 100}, {dataset: chats, against: production, beat_by: 100}]"
+    gated = [f"eval.production={stage(first, 'base').payload / 'model'}", f"eval.gate={rules}"]
+    code = program(TINY, overrides=[*SHORT, *gated], store=store.root)
+    strict = latest_run(len(NODES) + 2)
+    assert code == 65
+    assert strict.names == {
+        **dict.fromkeys(NODES, "Cached"),
+        **dict.fromkeys(("production", "verdict"), "Completed"),
+        "eval-production": "Cached",
+    }
+    assert strict.state.type.value == "FAILED"
+    assert strict.state.message.startswith("the model was made, but it does not pass the gate: chats: ")
+    assert strict.state.message.endswith("at least 100.0 points better demanded: does not hold.")
+    told = capsys.readouterr()
+    assert f"error: {strict.state.message}\n" in told.err
+    assert "Traceback" not in told.err + told.out
+    after = whole(store)
+    assert after.items() >= before.items() and len(after) == len(before) + 2
+    assert "**The gate is not passed.**" in report()
+
+
 def test_control_c_in_a_stage_ends_with_the_code_that_says_run_again(
     first: Run, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -249,6 +280,7 @@ def test_the_command_as_a_user_types_it(first: Run, store: Store, tmp_path: Path
     assert all(entry.keys() == STAGE_FIELDS for entry in [*written["stages"], *written["support"]])
     assert [(entry["name"], entry["state"]) for entry in written["stages"]] == [(name, "cached") for name in STAGES]
     assert all(Path(entry["artifact"]).name == entry["key"] for entry in written["stages"])
+    assert written["differences"] == first.summary["differences"] and written["gate"] == first.summary["gate"]
     assert (written["recipe"], written["ok"], written["scores"]) == (TINY, True, first.summary["scores"])
     assert (written["chat"]["passed"], written["chat"]["total"], written["chat"]["why"]) == (first.summary["chat"]["passed"], 2, [])
     rows = [line.split(" | ")[:2] for line in done.stdout.splitlines() if line.startswith("| ")]
