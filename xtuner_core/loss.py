@@ -49,6 +49,23 @@ def packed_loss(model: PreTrainedModel, batch: Batch, chunk: int) -> torch.Tenso
     return linear_cross_entropy(hidden, matrix, labels, chunk, weights)
 
 
+@torch.no_grad()
+def token_losses(model: PreTrainedModel, batch: Batch, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Of every label, in the order of `batch.places`: its cross-entropy `[learned]` fp32, and whether it was the likeliest token.
+
+    `batch` is on the model's device; logits exist for `chunk` labels at a time.
+    """
+    assert batch.places is not None
+    hidden = model.get_decoder()(**_inputs(batch)).last_hidden_state[0, batch.places]
+    labels, logits = batch.labels[0, batch.places], _logits(model)
+    losses, hits = [], []
+    for piece, target in zip(hidden.split(chunk), labels.split(chunk), strict=True):
+        scores = logits(piece)
+        losses.append(F.cross_entropy(scores, target, reduction="none"))
+        hits.append(scores.argmax(-1) == target)
+    return torch.cat(losses), torch.cat(hits)
+
+
 def _matrix(model: PreTrainedModel, hidden: torch.Tensor) -> torch.Tensor | None:
     """The head's weight, if logits are nothing but its product with the hidden states."""
     head = model.get_output_embeddings()
@@ -120,5 +137,5 @@ def _row(ids: list[int], places: list[int], bounds: list[int], shared: int, devi
 
 def _same(found: torch.Tensor, expected: torch.Tensor) -> bool:
     """Whether they differ by rounding only, in proportion to the largest value; weights that are not finite are found elsewhere."""
-    tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps) * float(expected.float().abs().max())
+    tolerance = max(1e-3, 4 * torch.finfo(expected.dtype).eps) * float(expected.float().nan_to_num().abs().max())
     return torch.allclose(found.float(), expected.float(), rtol=0, atol=tolerance, equal_nan=True)

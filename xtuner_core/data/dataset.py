@@ -53,7 +53,7 @@ class DocumentsWriter:
 
     def write(self, batch: Tokenized) -> None:
         """Append a batch of documents."""
-        spans, counts = _spans(batch.loss, batch.lengths)
+        spans, counts = loss_spans(batch.loss, batch.lengths)
         batch.ids.astype(np.uint32, copy=False).tofile(self._ids)
         self._index(pack.offsets(batch.lengths), spans, pack.offsets(counts))
 
@@ -78,7 +78,7 @@ class DocumentsWriter:
         self._files.__exit__(kind, error, trace)
 
 
-def _spans(loss: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def loss_spans(loss: np.ndarray, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Ranges of tokens with loss `[spans, 2]`, cut where a document ends, and how many each document has `[documents]`."""
     ends = np.cumsum(lengths, dtype=np.int64)
     starts = ends - lengths

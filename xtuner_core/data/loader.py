@@ -74,7 +74,11 @@ class Batch:
 
 def make_batch(dataset: PackedDataset, pack: int) -> Batch:
     """Read a pack, and lay its documents end to end behind their common beginning."""
-    pieces = dataset.pieces(pack)
+    return lay(dataset.pieces(pack))
+
+
+def lay(pieces: Sequence[Piece]) -> Batch:
+    """One row of documents."""
     lengths = [needed(piece) for piece in pieces]
     shared = shared_beginning(pieces)
     bounds = list(accumulate((length - shared for length in lengths), initial=shared))

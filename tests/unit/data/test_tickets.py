@@ -14,7 +14,7 @@ from types import ModuleType
 import pytest
 
 DATA = Path(__file__).resolve().parents[3] / "data"
-FOLDERS = ("tickets", "openai_chats", "hostile")
+FOLDERS = ("tickets", "openai_chats", "hostile", "general")
 Run = Callable[..., subprocess.CompletedProcess[str]]
 
 

@@ -1,0 +1,75 @@
+"""Suites: what a recipe asks, in order, and mistakes that are told before the first stage."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines import evaluate
+from pipelines.pipeline import check
+from pipelines.recipe import PROJECT, EvalConfig, load_recipe
+from pipelines.suites import chosen, load_suite, shipped_names
+from xtuner_core.errors import DataError, RecipeError, UserError
+
+TINY = "qwen3_tiny_full_openai"
+
+
+@pytest.mark.parametrize("name", shipped_names())
+def test_shipped_suites_are_whole(name: str) -> None:
+    assert load_suite(name).description
+    check(load_recipe(TINY, [f"eval.suites=[{name}]"]))
+
+
+def _suite(folder: Path, text: str) -> str:
+    (folder / "mine.yaml").write_text(text, encoding="utf-8")
+    return str(folder / "mine.yaml")
+
+
+def test_suites_come_first_and_paths_beside_them_are_found(tmp_path: Path) -> None:
+    (tmp_path / "mine.jsonl").write_text("{}")
+    path = _suite(tmp_path, "datasets: [{name: a, path: mine.jsonl}, {name: b, path: data/tickets/heldout.jsonl, kind: loss}]")
+    config = EvalConfig.model_validate({"suites": [path], "datasets": [{"name": "c", "path": "data/tickets/heldout.jsonl"}]})
+    assert [(one.dataset.name, one.suite, one.dataset.path) for one in chosen(config)] == [
+        ("a", "mine", str(tmp_path / "mine.jsonl")),
+        ("b", "mine", str(PROJECT / "data/tickets/heldout.jsonl")),
+        ("c", None, str(PROJECT / "data/tickets/heldout.jsonl")),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "reason"),
+    [
+        ("datasets: []", RecipeError, "datasets: Tuple should have at least 1 item"),
+        ("", RecipeError, "(whole suite)"),
+        ("{", RecipeError, "not readable as YAML"),
+        (
+            "datasets: [{name: a, kind: riddle, path: data/tickets/heldout.jsonl}]",
+            RecipeError,
+            "'riddle' is not one of the kinds: choice, ",
+        ),
+        ("datasets: [{name: a, path: gone.jsonl}]", DataError, "gone.jsonl: no such file"),
+        ("datasets: [{name: a}]", RecipeError, "data set a: kind qa needs a path"),
+        ("datasets: [{name: chats, path: data/tickets/heldout.jsonl}]", RecipeError, "two data sets are called 'chats'"),
+        ("datasets: [{name: a, path: x, size: 3}]", RecipeError, "datasets.0.size"),
+    ],
+)
+def test_a_bad_suite_is_told_before_the_first_stage(tmp_path: Path, text: str, error: type[UserError], reason: str) -> None:
+    with pytest.raises(error) as caught:
+        check(load_recipe(TINY, [f"eval.suites=[{_suite(tmp_path, text)}]"]))
+    assert reason in str(caught.value)
+
+
+def test_an_unknown_suite_lists_the_known_ones_and_nothing_to_ask_is_a_mistake() -> None:
+    with pytest.raises(RecipeError, match=r"suite 'nowhere': no such file, and the shipped suites are .*general"):
+        check(load_recipe(TINY, ["eval.suites=[nowhere]"]))
+    with pytest.raises(RecipeError, match=r"no data set is asked\. Name a suite"):
+        check(load_recipe(TINY, ["eval.datasets=[]"]))
+
+
+def test_the_key_holds_what_decides_the_answers_and_no_path(tmp_path: Path) -> None:
+    settings = evaluate.STAGE.settings(load_recipe(TINY, ["eval.suites=[general]"]))
+    assert list(settings["versions"]) == ["loss", "opencompass"]
+    assert [one["suite"] for one in settings["datasets"]] == ["general", "general", None]
+    assert str(PROJECT) not in str(settings)
+    assert evaluate.STAGE.settings(load_recipe(TINY, ["eval.suites=[general]", "train.lr=1.0e-4", "eval.timeout=99"])) == settings
