@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -19,7 +18,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
-from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load as load_tensors
 from torch.distributed.checkpoint.state_dict_saver import save as save_tensors
 
@@ -27,6 +25,7 @@ from xtuner_core.determinism import switches
 from xtuner_core.digest import sha256
 from xtuner_core.durable import publish, remove, write_json
 from xtuner_core.errors import DataError, RecipeError, StorageError, from_os_error
+from xtuner_core.export.checkpoint import open_checkpoint
 from xtuner_core.parallel.mesh import World, gather_numbers
 
 FACTS = "checkpoint.json"
@@ -113,8 +112,7 @@ def load(folder: Path, tensors: dict[str, torch.Tensor], partly: bool = False) -
 
 def described(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     """Name → (shape, type) of every tensor of a checkpoint."""
-    entries = HuggingFaceStorageReader(str(folder / "tensors")).read_metadata().state_dict_metadata
-    return {name: (tuple(one.size), one.properties.dtype) for name, one in entries.items() if isinstance(one, TensorStorageMetadata)}
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in open_checkpoint(folder).items()}
 
 
 def _differences(saved: dict[str, tuple[tuple[int, ...], torch.dtype]], tensors: dict[str, torch.Tensor], partly: bool) -> str:
@@ -204,8 +202,4 @@ def load_whole(folder: Path) -> dict[str, torch.Tensor]:
     """
     if not is_whole(folder):
         raise DataError(f"{folder}: the checkpoint is damaged or incomplete. Run the training stage again.")
-    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in described(folder).items()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # that is what no_dist asks for
-        load_tensors(tensors, storage_reader=HuggingFaceStorageReader(str(folder / "tensors")), no_dist=True)
-    return tensors
+    return {name: tensor.read() for name, tensor in open_checkpoint(folder).items()}
