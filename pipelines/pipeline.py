@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -74,7 +74,12 @@ def check(recipe: Recipe) -> None:
     for package, name in named:
         registry.require(package, name)
     trackers.require_installed(recipe.train.trackers)
-    for node in nodes(recipe):
+    check_stages(nodes(recipe), recipe)
+
+
+def check_stages(chosen: Iterable[Node], recipe: Recipe) -> None:
+    """Look at all that these steps read of the recipe; errors as those of `check`."""
+    for node in chosen:
         node.stage.files(recipe)
         node.stage.settings(recipe)
 

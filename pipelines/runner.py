@@ -7,15 +7,17 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 
 from pipelines.artifacts import Artifact, Result, Store
-from pipelines.pipeline import Node, needed_for
+from pipelines.pipeline import Node, check_stages, needed_for
 from pipelines.recipe import Recipe
 from xtuner_core.errors import Interrupted, StorageError
 
 
 def run_until(name: str, recipe: Recipe, store: Store, say: Callable[[str], None]) -> Result:
-    """The result of node `name`; what it needs and is not in the store is made first."""
+    """The result of node `name`; what it needs and is not in the store is made first. A mistake in the recipe is told before that."""
+    needed = needed_for(name, recipe)
+    check_stages(needed, recipe)
     made: dict[str, Artifact] = {}
-    for node in needed_for(name, recipe):
+    for node in needed:
         result = run_node(node, recipe, store, made, lambda message, node=node: say(f"[{node.name}] {message}"))
         made[node.name] = result.artifact
         state = "cached" if result.cached else f"done in {result.seconds:.1f} s"

@@ -22,6 +22,7 @@ from pipelines import chatters
 from pipelines.artifacts import Artifact, Store
 from pipelines.pipeline import STAGES, nodes
 from pipelines.recipe import PROJECT, load_recipe
+from xtuner_core.errors import DataError
 
 pytestmark = pytest.mark.slow
 
@@ -241,6 +242,16 @@ def test_a_gate_that_is_not_passed_fails_the_flow_but_keeps_the_model(first: Run
     after = whole(store)
     assert after.items() >= before.items() and len(after) == len(before) + 2
     assert "**The gate is not passed.**" in report()
+
+
+def test_eval_prints_the_verdict_and_fails_if_the_gate_is_not_passed(first: Run, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.cli import evaluate
+
+    evaluate(TINY, overrides=SHORT, store=store.root)
+    assert "# Verdict\n\nThe gate is open: the recipe demands nothing" in capsys.readouterr().out
+    with pytest.raises(DataError, match="does not pass the gate"):
+        evaluate(TINY, overrides=[*SHORT, "eval.gate=[{dataset: chats, beat_by: 100}]"], store=store.root)
+    assert "✗ chats: " in capsys.readouterr().out
 
 
 def test_control_c_in_a_stage_ends_with_the_code_that_says_run_again(

@@ -186,3 +186,10 @@ def test_a_mistake_of_a_late_stage_is_told_before_the_first(override: str, error
     check(load_recipe(TINY))
     with pytest.raises(error, match=r"nobody|nowhere|no/where|eval\.production"):
         check(load_recipe(TINY, [override]))
+
+
+def test_a_mistake_of_the_gate_is_told_before_anything_is_made_for_the_verdict(tmp_path: Path) -> None:
+    recipe = load_recipe(TINY, ["eval.gate=[{dataset: nobody, beat_by: 1}]"])
+    with pytest.raises(RecipeError, match="no data set 'nobody' is evaluated"):
+        run_until("verdict", recipe, Store(tmp_path / "store"), print)
+    assert not (tmp_path / "store").exists()
