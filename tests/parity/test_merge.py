@@ -11,7 +11,7 @@ import torch
 from bitsandbytes.functional import dequantize_4bit
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
-from transformers import AutoModelForCausalLM, Qwen2Config
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen3MoeConfig
 
 from xtuner_core.adapters import qlora
 from xtuner_core.checkpoint.state import trained_tensors
@@ -102,6 +102,20 @@ def test_the_merge_is_pefts_rounded_once(base: Path, tmp_path: Path, name: str) 
     assert torch.equal(logits(load(made)), logits(expected))
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_that_was_saved_with_the_adapter_is_the_models(tmp_path: Path, tied: bool) -> None:
+    base = make_base(tmp_path / "base", Qwen2Config(**SIZES, tie_word_embeddings=tied))
+    other = make_base(tmp_path / "other", Qwen2Config(**SIZES, tie_word_embeddings=tied, initializer_range=0.1))
+    model = get_peft_model(load(other), LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(str(tmp_path / "adapter"), save_embedding_layers=True)
+    merge(base, [(tmp_path / "adapter", 1.0)], tmp_path / "merged")
+    expected = by_peft(base, tmp_path / "adapter").state_dict()
+    require_bits(
+        tmp_path / "merged", {name: tensor for name, tensor in expected.items() if not tied or name != "lm_head.weight"}, torch.float32
+    )
+    assert not torch.equal(expected["model.embed_tokens.weight"], load(base).model.embed_tokens.weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_an_adapter_in_half_precision_and_a_base_in_shards(tmp_path: Path, dtype: torch.dtype) -> None:
     base = make_base(tmp_path / "base", max_shard_size="20KB")
@@ -140,6 +154,26 @@ def test_what_replaces_weights_has_no_share(base: Path, tmp_path: Path, name: st
 
 
 @pytest.mark.parametrize(
+    "settings",
+    [
+        {"target_modules": ["q_proj", "o_proj"]},
+        {"target_modules": ["q_proj"], "target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]},
+    ],
+    ids=["attention", "experts"],
+)
+def test_fused_experts(tmp_path: Path, settings: dict[str, Any]) -> None:
+    base = make_base(tmp_path / "base", Qwen3MoeConfig(**SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16))
+    assert "model.layers.0.mlp.experts.3.up_proj.weight" in open_folder(base)
+    adapter = make_adapter(base, tmp_path / "adapter", **settings)
+    merge(base, [(adapter, 1.0)], tmp_path / "merged")
+    by_peft(base, adapter).save_pretrained(str(tmp_path / "expected"))
+    expected = {name: tensor.read() for name, tensor in open_folder(tmp_path / "expected").items()}
+    require_bits(tmp_path / "merged", expected, torch.float32)
+    changed = {name.split(".")[-2] for name, tensor in open_folder(base).items() if not torch.equal(tensor.read(), expected[name])}
+    assert changed == {"q_proj", "o_proj"} if "target_parameters" not in settings else {"q_proj", "gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize(
     ("settings", "tied"),
     [
         ({"target_modules": LINEAR}, True),
@@ -170,7 +204,7 @@ def test_a_qlora_adapter_goes_into_the_base_it_was_trained_beside(tiny_model_fol
     qlora.prepare(model, train, seed=3)
     for name, tensor in trained_tensors(model).items():
         tensor.add_(0.1 * torch.randn(tensor.shape, generator=torch.Generator().manual_seed(len(name))))
-    qlora.save_adapter({name: Lazy.of(tensor) for name, tensor in trained_tensors(model).items()}, train, "base", tmp_path / "adapter")
+    qlora.save_adapter({name: Lazy.of(tensor) for name, tensor in trained_tensors(model).items()}, train, "model", tmp_path / "adapter")
     told: list[str] = []
     merge(tiny_model_folder, [(tmp_path / "adapter", 1.0)], tmp_path / "merged", torch.float32, say=told.append)
     assert len(told) == 1 and "quantized to 4 bits (NF4) and de-quantized again first" in told[0]

@@ -21,15 +21,17 @@ from peft.tuners.lora import LoraLayer
 from peft.tuners.lora.layer import ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 from xtuner_core.adapters.qlora import as_quantized
 from xtuner_core.checkpoint.hf import copy_texts
 from xtuner_core.durable import drafted, write_json
 from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.export.adapter import Adapter, open_adapter
+from xtuner_core.export.checkpoint import open_model, outline, to_hugging_face
 from xtuner_core.export.tensors import Lazy, Tensors, finite, open_folder, write_folder
 from xtuner_core.models.check import read_config, some
+from xtuner_core.progress import shown
 
 Weighted = Sequence[tuple[Adapter, float]]
 """Adapters, and what the change that each makes is multiplied with."""
@@ -41,11 +43,10 @@ def merge(
     folder: Path,
     dtype: torch.dtype | None = None,
     max_shard_size: str = "5GB",
-    wrote: Callable[[int], None] = lambda count: None,
     quantized_base: Literal["auto", "nf4", "none"] = "auto",
     say: Callable[[str], None] = lambda line: None,
 ) -> None:
-    """Write base + Σ weight·change as the new Hugging Face folder `folder`, whole or not at all.
+    """Write base + Σ weight·change as the new Hugging Face folder `folder`, whole or not at all, with a progress bar on a terminal.
 
     Tensors have `dtype`, or what they have in the base. Memory: three times the largest adapted tensor in fp32 (five times for DoRA).
     `quantized_base` nf4 quantizes the base and de-quantizes it again first, as method qlora saw it; auto does so for its adapters.
@@ -60,54 +61,76 @@ def merge(
             "from; if the adapter was trained beside 4-bit NF4 weights, with --quantized-base nf4."
         )
     opened = [(open_adapter(path), weight) for path, weight in adapters]
-    stored = open_folder(base)
-    seen = _as_in_training(stored, base, [adapter for adapter, _ in opened], quantized_base, say)
-    tensors = finite(_rounded(merged(seen, base, opened), stored, dtype))
+    for adapter, _ in opened:
+        if (named := adapter.config.base_model_name_or_path) and Path(named).name != base.name:
+            say(f"note: {adapter.folder} says that it was trained on {named}")
+    tensors = _published(base, opened, dtype, quantized_base, say)
     with drafted(folder) as draft:
         draft.mkdir()
-        write_folder(tensors, draft, max_shard_size, wrote)
+        with shown(sum(tensor.bytes for tensor in tensors.values())) as wrote:
+            write_folder(tensors, draft, max_shard_size, wrote)
         copy_texts(base, draft, str(dtype).removeprefix("torch.") if dtype else None)
-        if tensors.keys() != stored.keys():
+        if tensors.keys() != open_folder(base).keys():
             write_json(draft / "config.json", {**read_config(draft / "config.json"), "tie_word_embeddings": False})
 
 
-def _rounded(tensors: Tensors, stored: Tensors, dtype: torch.dtype | None) -> dict[str, Lazy]:
-    """To `dtype`, or to what they had in the base; one that was tied to another there has the type of the first."""
-    usual = next(iter(stored.values())).dtype
-    own = {name: stored[name].dtype if name in stored else usual for name in tensors}
-    return {name: tensor.to(dtype if dtype and own[name].is_floating_point else own[name]) for name, tensor in tensors.items()}
+def _published(base: Path, adapters: Weighted, dtype: torch.dtype | None, quantized: str, say: Callable[[str], None]) -> dict[str, Lazy]:
+    """The tensors of the merged folder. What does not change is the stored tensor itself, which is copied without being looked at."""
+    stored, model = open_folder(base), open_model(base)
+    seen = _seen_in_training(model, base, [adapter for adapter, _ in adapters], quantized, say)
+    new = to_hugging_face(base, {**seen, **changes({**model, **seen}, base, adapters)})
+    usual = next(iter(stored.values())).dtype  # of a tensor that was tied to another
+
+    def kind(name: str) -> torch.dtype:
+        own = stored[name].dtype if name in stored else usual
+        return dtype if dtype and own.is_floating_point else own
+
+    kept = {name: tensor for name, tensor in stored.items() if name not in new}
+    rounded = {name: tensor.to(kind(name)) for name, tensor in (kept | new).items()}
+    return rounded | finite({name: tensor for name, tensor in rounded.items() if tensor is not kept.get(name)})
 
 
-def _as_in_training(stored: Tensors, base: Path, adapters: Sequence[Adapter], quantized: str, say: Callable[[str], None]) -> Tensors:
-    """The base as the adapters knew it: itself, or quantized and de-quantized."""
+def _seen_in_training(
+    model: Tensors, base: Path, adapters: Sequence[Adapter], quantized: str, say: Callable[[str], None]
+) -> dict[str, Lazy]:
+    """Tensors of the base as the adapters saw them, if not as they are: quantized and de-quantized."""
     told = [adapter.quantized_base for adapter in adapters]
     if quantized == "auto" and any(one != told[0] for one in told):
         raise RecipeError("some of the adapters were trained beside a 4-bit base and others not; say which it is to be: --quantized-base.")
     if quantized == "none" or (quantized == "auto" and told[0] is None):
-        return stored
+        return {}
     dtype = getattr(torch, (told[0] or read_config(base / "config.json")).get("dtype") or "bfloat16")
     say(f"the linear layers of {base} are quantized to 4 bits (NF4) and de-quantized again first, as the adapter saw them in training")
-    return as_quantized(stored, _model(base), dtype)
+    return as_quantized(model, outline(base), dtype)
 
 
 def merged(base: Tensors, config_dir: Path, adapters: Weighted) -> dict[str, Lazy]:
-    """The merged model: what an adapter changes in fp32, the rest as it is in `base`; named as in the model of `config_dir`.
+    """The merged model: `changes`, and the rest as it is in `base`; for the same arguments and errors."""
+    return {**base, **changes(base, config_dir, adapters)}
 
-    Several adapters are added one after the other, each one's scaling times its weight. If only one of two tied tensors changes, the
-    result has both.
+
+def changes(base: Tensors, config_dir: Path, adapters: Weighted) -> dict[str, Lazy]:
+    """What adapters change of a model, in fp32; all named as in the model of `config_dir` (checkpoint.py: `open_model`).
+
+    Several adapters are added one after the other, each one's scaling times its weight. If only one of two tied tensors changes, both are
+    among the result.
 
     Raises:
         RecipeError: these adapters cannot be merged.
         DataError: an adapter is not of this base.
     """
     _require_one_meaning(adapters)
-    model = _model(config_dir)
-    outline = _outline(model, adapters)
+    model = outline(config_dir)
+    peft = _with_adapters(model, adapters)
     tied = {alias: source for alias, source in model.all_tied_weights_keys.items() if source in base and alias not in base}
-    whole = {**base, **{alias: base[source] for alias, source in tied.items()}, **_saved_along(outline, base)}
-    changed = dict(_changed(outline, whole))
-    untied = {alias for alias, source in tied.items() if {alias, source} & changed.keys() and not _follows(outline, alias)}
-    return {name: changed.get(name, tensor) for name, tensor in whole.items() if name in base or name in untied}
+    along = _saved_along(peft, base)
+    whole = {**base, **along}
+    whole |= {alias: whole[source] for alias, source in tied.items()}
+    changed = dict(_changed(peft, whole))
+    for alias, source in tied.items():
+        if {alias, source} & changed.keys() and not _follows(peft, alias):
+            changed |= {name: changed.get(name, whole[name]) for name in (alias, source)}
+    return {**along, **changed}
 
 
 def _require_one_meaning(adapters: Weighted) -> None:
@@ -124,14 +147,11 @@ def _require_one_meaning(adapters: Weighted) -> None:
             )
 
 
-def _model(config_dir: Path) -> PreTrainedModel:
-    """It has shapes and no numbers."""
-    config = AutoConfig.from_pretrained(config_dir, local_files_only=True)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+_ADAPTER = re.compile(r"\.adapter\d+\b")
+"""Marks the names of what belongs to an adapter."""
 
 
-class _Outline(PeftModel):
+class _Unfilled(PeftModel):
     """peft's model without numbers; those of its adapters are kept beside it, by the name of their parameter."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -143,27 +163,23 @@ class _Outline(PeftModel):
         self.numbers |= state_dict
 
 
-def _outline(model: PreTrainedModel, adapters: Weighted) -> _Outline:
-    outline = None
+def _with_adapters(model: PreTrainedModel, adapters: Weighted) -> _Unfilled:
+    peft = None
     for number, (adapter, weight) in enumerate(adapters):
         name = f"adapter{number}"
         with _told_by_peft(adapter.folder):
-            if outline is None:
-                outline = _Outline(model, adapter.config, name, low_cpu_mem_usage=True)
+            if peft is None:
+                peft = _Unfilled(model, adapter.config, name, low_cpu_mem_usage=True)
             else:
-                outline.add_adapter(name, adapter.config, low_cpu_mem_usage=True)
-            before = outline.numbers.keys() | set()
-            set_peft_model_state_dict(outline, adapter.tensors, name)
-        _require_fit(adapter.folder, outline, name, outline.numbers.keys() - before)
-        for layer in _lora_layers(outline):
-            if name in layer.scaling:
+                peft.add_adapter(name, adapter.config, low_cpu_mem_usage=True)
+            before = set(peft.numbers)
+            set_peft_model_state_dict(peft, adapter.tensors, name)
+        _require_fit(adapter.folder, peft, name, peft.numbers.keys() - before)
+        for layer in peft.modules():
+            if isinstance(layer, LoraLayer) and name in layer.scaling:
                 layer.scaling[name] *= weight
-    assert outline is not None
-    return outline
-
-
-def _lora_layers(outline: _Outline) -> Iterator[LoraLayer]:
-    return (module for module in outline.modules() if isinstance(module, LoraLayer))
+    assert peft is not None
+    return peft
 
 
 @contextmanager
@@ -175,14 +191,14 @@ def _told_by_peft(folder: Path) -> Iterator[None]:
         raise DataError(f"{folder}: peft cannot put this adapter into the base: {reason} Give the base it was trained on.") from None
 
 
-def _require_fit(folder: Path, outline: _Outline, name: str, given: set[str]) -> None:
+def _require_fit(folder: Path, peft: _Unfilled, name: str, given: set[str]) -> None:
     """Refuse tensors that are not exactly those of the adapter's config in this base (DataError)."""
-    every = {key: tuple(tensor.shape) for key, tensor in outline.state_dict().items()}
-    wanted = {key for key, _ in outline.named_parameters() if f".{name}." in f"{key}."}
+    every = {key: tuple(tensor.shape) for key, tensor in peft.state_dict().items()}
+    wanted = {key for key, _ in peft.named_parameters() if f".{name}." in f"{key}."}
     told = [f"{_in_file(key)} is missing" for key in sorted(wanted - given)]
     told += [f"{_in_file(key)} has no place in this base" for key in sorted(given - every.keys())]
     for key in sorted(given & every.keys()):
-        if (found := tuple(outline.numbers[key].shape)) != every[key]:
+        if (found := tuple(peft.numbers[key].shape)) != every[key]:
             told.append(f"{_in_file(key)} is {list(found)} and should be {list(every[key])} for this base")
     if told:
         raise DataError(f"{folder}: not an adapter of this base: {some(told)}. Give the base it was trained on.")
@@ -197,22 +213,22 @@ def _in_base(key: str) -> str:
     return re.sub(r"\.(base_layer|token_adapter|original_module|modules_to_save\.adapter\d+)\b", "", key.removeprefix("base_model.model."))
 
 
-def _saved_along(outline: _Outline, base: Tensors) -> dict[str, Lazy]:
+def _saved_along(peft: _Unfilled, base: Tensors) -> dict[str, Lazy]:
     """Weights of the base that the adapter's file brings with it: an embedding that was resized, say."""
-    named = {_in_base(key): tensor for key, tensor in outline.numbers.items() if not re.search(r"\.adapter\d+\b", key)}
+    named = {_in_base(key): tensor for key, tensor in peft.numbers.items() if not _ADAPTER.search(key)}
     return {name: Lazy.of(tensor).to(torch.float32) for name, tensor in named.items() if name in base}
 
 
-def _changed(outline: _Outline, base: Tensors) -> Iterator[tuple[str, Lazy]]:
+def _changed(peft: _Unfilled, base: Tensors) -> Iterator[tuple[str, Lazy]]:
     """Every tensor that an adapter changes, in fp32."""
-    for key, tensor in outline.numbers.items():
+    for key, tensor in peft.numbers.items():
         if ".modules_to_save." in key:
             yield _in_base(key), Lazy.of(tensor).to(torch.float32)
-    for path, layer in outline.named_modules():
+    for path, layer in peft.named_modules():
         if isinstance(layer, LoraLayer | TrainableTokensLayer) and not getattr(layer, "tied_adapter", None):
             for parameter in _parameters(layer):
                 name = f"{_in_base(path)}.{parameter}"
-                yield name, Lazy(base[name].shape, torch.float32, partial(_merge_layer, layer, path, parameter, outline.numbers, base))
+                yield name, Lazy(base[name].shape, torch.float32, partial(_merge_layer, layer, path, parameter, peft.numbers, base))
 
 
 def _parameters(layer: LoraLayer | TrainableTokensLayer) -> list[str]:
@@ -229,7 +245,7 @@ def _merge_layer(layer: Any, path: str, parameter: str, numbers: dict[str, torch
     for name in _parameters(layer):
         original = base[f"{_in_base(path)}.{name}"].read().to(torch.float32, copy=True)  # peft adds in place
         setattr(wrapped, name, nn.Parameter(original, requires_grad=False))
-    own = {key: numbers[f"{path}.{key}"].float() for key in layer.state_dict() if f"{path}.{key}" in numbers}
+    own = {key: numbers[f"{path}.{key}"].float() for key in layer.state_dict() if _ADAPTER.search(key)}
     layer.load_state_dict(own, strict=False, assign=True)
     layer.merge(adapter_names=sorted(layer._get_available_adapters(), key=_number))
     return getattr(wrapped, parameter).data
@@ -239,7 +255,7 @@ def _number(name: str) -> int:
     return int(name.removeprefix("adapter"))
 
 
-def _follows(outline: _Outline, alias: str) -> bool:
+def _follows(peft: _Unfilled, alias: str) -> bool:
     """Whether a tied tensor has the same trained tokens as the one it is tied to."""
-    module = outline.get_submodule(f"base_model.model.{alias.rsplit('.', 1)[0]}")
+    module = peft.get_submodule(f"base_model.model.{alias.rsplit('.', 1)[0]}")
     return bool(getattr(getattr(module, "token_adapter", None), "tied_adapter", None))
