@@ -1,29 +1,46 @@
-"""Stage convert: training checkpoint → adapter in peft's format → one Hugging Face folder, verified before it is published."""
+"""Stage convert: training checkpoint → adapter in peft's format → one Hugging Face folder, verified before it is published.
+
+payload/model/        the folder that servers load, with its model card
+payload/adapter/      after LoRA and QLoRA: the adapter as peft has it, with its own
+payload/facts.json    what the cards tell
+
+Read, check, write, read back and check again; the store publishes what passed. Tensors are streamed, so that memory does not depend on
+the size of the model.
+"""
 
 from __future__ import annotations
 
 import json
-import shutil
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipelines import prepare
+from pipelines.model_card import base_name, card, shown_recipe
 from pipelines.recipe import Recipe
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core import adapters, registry
+from xtuner_core.checkpoint.hf import complete_generation_config, copy_texts, license_of, weight_keys
+from xtuner_core.digest import sha256
+from xtuner_core.durable import write_bytes, write_json
 from xtuner_core.errors import DataError
+from xtuner_core.progress import progress
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
+
+    from xtuner_core.export.tensors import Tensors
 
 MERGE_TOLERANCE = 1e-5
 """Largest difference of logits, relative to the largest logit, between the fp32 merge and base + adapter."""
 MIN_AGREEMENT = 0.99
 """Share of next-token choices that the exported precision must keep. Where the two best tokens are closer than the precision can tell
 (a tie: half the positions of a random model, a few of a trained one), either of them counts as kept."""
-PROBES = 16
-"""Training samples that the checks run on."""
+PROBES = 8
+PROBE_TOKENS = 64
+"""The checks run on the ends of so many training samples: every weight is used, and a pass takes no longer than reading the weights."""
+Checks = dict[str, float]
 
 
 def run(recipe: Recipe, work: Work) -> Metrics:
@@ -31,72 +48,46 @@ def run(recipe: Recipe, work: Work) -> Metrics:
 
     Raises:
         DataError: a check failed; names the check, the tensor or the figure.
+        RecipeError: the base's config or tokenizer is missing or damaged.
     """
-    import torch
+    from xtuner_core.export.verify import logits
 
-    from xtuner_core.checkpoint.hf import make_portable, save_model
+    base_dir, model_dir, probes = work.inputs["base"] / "model", work.payload / "model", _probes(work)
+    trained = _trained(recipe, work, base_dir)
+    if hasattr(registry.find(adapters, recipe.train.method), "save_adapter"):
+        whole, reference, checks = _merged(recipe, work, base_dir, trained, probes)
+    else:
+        whole = _tuned(base_dir, trained)
+        reference, checks = logits(base_dir, whole, probes), {}
 
-    base_dir, model_dir = work.inputs["base"] / "model", work.payload / "model"
-    probes = _probes(work)
-    merged, adapted = _merge(recipe, work, base_dir, probes)
-    reference = _logits(merged, probes)
-    checks = {"merge_error": _merge_error(adapted, reference)} if adapted else {}
-    exported = {name: tensor.to(_dtype(recipe)) for name, tensor in merged.state_dict().items()}
-    _require_finite(exported)
-    merged.to(_dtype(recipe))  # pyright: ignore[reportArgumentType]
-    save_model(merged, model_dir, recipe.convert.max_shard_size)
-    _copy_tokenizer(base_dir, model_dir)
-    make_portable(model_dir)
+    digests = _write(recipe, work, base_dir, whole)
+    _complete(work, base_dir, model_dir)
 
     _require_same_keys(base_dir, model_dir)
-    reloaded = _load(model_dir, torch.float32)  # computes exactly, so that only the rounding of the weights is judged
-    _require_equal(exported, reloaded.state_dict())
-    rounded = _logits(reloaded, probes)
-    checks["same_next_token"] = _agreement(reference, rounded, 0.0)
-    checks["next_token_agreement"] = _agreement(reference, rounded, torch.finfo(_dtype(recipe)).eps)
-    if checks["next_token_agreement"] < MIN_AGREEMENT:
-        raise DataError(
-            f"only {checks['next_token_agreement']:.2%} of next-token choices survive the cast to {recipe.convert.dtype}, "
-            f"{MIN_AGREEMENT:.0%} must. Export with --set convert.dtype=float32."
-        )
+    checks |= _read_back(recipe, model_dir, digests, reference, probes)
     _require_same_template(work, model_dir)
     work.log(f"exported {model_dir.name}: " + ", ".join(f"{name} {value:.3g}" for name, value in checks.items()))
-    return {**checks, "tensors": len(exported), "parameters": sum(tensor.numel() for tensor in reloaded.parameters())}
+
+    sizes = {"tensors": len(digests), "parameters": sum(math.prod(shape) for shape, _ in weight_keys(model_dir).values())}
+    _write_cards(recipe, work, {**_facts(recipe, work, checks), **sizes})
+    return {**checks, **sizes}
 
 
-def _merge(recipe: Recipe, work: Work, base_dir: Path, probes: list[list[int]]) -> tuple[PreTrainedModel, list[torch.Tensor]]:
-    """The trained model in fp32; after LoRA also the logits of base + adapter, before they became one."""
-    import torch
+def _trained(recipe: Recipe, work: Work, base_dir: Path) -> Tensors:
+    """The checkpoint's tensors, which are just those that this recipe trains of this base; reading one that is not finite fails."""
+    from xtuner_core.checkpoint.store import is_whole
+    from xtuner_core.export.checkpoint import open_checkpoint
+    from xtuner_core.export.tensors import finite
 
-    from xtuner_core.checkpoint.store import load_whole
-    from xtuner_core.export.tensors import Lazy
-
-    trained = load_whole(work.inputs["checkpoint"] / "checkpoint")
+    folder = work.inputs["checkpoint"] / "checkpoint"
+    if not is_whole(folder):
+        raise DataError(f"{folder}: the checkpoint is damaged or incomplete. Run the training stage again.")
+    trained = open_checkpoint(folder)
     _require_fit(recipe, base_dir, trained)
-    _require_finite(trained)
-    base = _load(base_dir, torch.float32)
-    save_adapter = getattr(registry.find(adapters, recipe.train.method), "save_adapter", None)
-    if save_adapter is None:
-        base.load_state_dict(trained, strict=False)  # a tied tensor is there once, a frozen one not at all
-        return base, []
-
-    from peft import PeftModel
-
-    save_adapter({name: Lazy.of(tensor) for name, tensor in trained.items()}, recipe.train, _base_name(recipe), work.payload / "adapter")
-    adapted = PeftModel.from_pretrained(base, str(work.payload / "adapter")).eval()
-    before = _logits(adapted, probes)
-    return adapted.merge_and_unload(safe_merge=True), before
+    return finite(trained)
 
 
-def _merge_error(adapted: list[torch.Tensor], merged: list[torch.Tensor]) -> float:
-    error = max(float((a - b).abs().max()) for a, b in zip(adapted, merged, strict=True))
-    relative = error / max(float(logits.abs().max()) for logits in adapted)
-    if not relative <= MERGE_TOLERANCE:
-        raise DataError(f"merging changed the logits by {relative:.2e} of the largest one, at most {MERGE_TOLERANCE} is allowed.")
-    return relative
-
-
-def _require_fit(recipe: Recipe, base_dir: Path, trained: Mapping[str, torch.Tensor]) -> None:
+def _require_fit(recipe: Recipe, base_dir: Path, trained: Tensors) -> None:
     """The checkpoint must have exactly the tensors that this recipe trains of this base; peft and torch overlook missing ones."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -104,52 +95,88 @@ def _require_fit(recipe: Recipe, base_dir: Path, trained: Mapping[str, torch.Ten
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_dir, local_files_only=True))
         registry.find(adapters, recipe.train.method).prepare(model, recipe.train, recipe.seed)
-    expected = {name: parameter.shape for name, parameter in model.named_parameters() if parameter.requires_grad}
+    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
     found = {name: tensor.shape for name, tensor in trained.items()}
     if wrong := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
         raise DataError(f"the checkpoint was trained with another base model or method; it differs in {', '.join(wrong[:5])}.")
 
 
-def _load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    from transformers import AutoModelForCausalLM
+def _tuned(base_dir: Path, trained: Tensors) -> Tensors:
+    """After full training; what was frozen is the base's."""
+    from xtuner_core.export.checkpoint import open_model
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation="sdpa").eval()
+    return {**open_model(base_dir), **trained}
 
 
-def _dtype(recipe: Recipe) -> torch.dtype:
+def _merged(
+    recipe: Recipe, work: Work, base_dir: Path, trained: Tensors, probes: list[list[int]]
+) -> tuple[Tensors, list[torch.Tensor], Checks]:
+    """Write `adapter/`; the fp32 merge, its logits, and how far they are from those of base + adapter."""
     import torch
 
-    return getattr(torch, recipe.convert.dtype)
+    from xtuner_core.adapters.qlora import as_quantized
+    from xtuner_core.export.adapter import open_adapter
+    from xtuner_core.export.checkpoint import open_model, outline
+    from xtuner_core.export.merge import merged
+    from xtuner_core.export.verify import largest_difference, logits
+
+    folder = work.payload / "adapter"
+    registry.find(adapters, recipe.train.method).save_adapter(trained, recipe.train, base_name(recipe), folder)
+    adapter = open_adapter(folder)
+    base = open_model(base_dir)
+    if adapter.quantized_base:
+        work.log("the base's linear layers are quantized to 4 bits and de-quantized again before the merge, as the adapter knew them")
+        base = {**base, **as_quantized(base, outline(base_dir), getattr(torch, adapter.quantized_base["dtype"]))}
+    whole = merged(base, base_dir, [(adapter, 1.0)])
+    adapted = logits(base_dir, base, probes, adapter=folder)
+    reference = logits(base_dir, whole, probes)
+    error = largest_difference(adapted, reference)
+    if not error <= MERGE_TOLERANCE:
+        raise DataError(f"merging changed the logits by {error:.2e} of the largest one, at most {MERGE_TOLERANCE} is allowed.")
+    return whole, reference, {"merge_error": error}
 
 
-def _logits(model: torch.nn.Module, probes: list[list[int]]) -> list[torch.Tensor]:
-    """fp32 logits `[tokens, vocabulary]` of each probe."""
+def _write(recipe: Recipe, work: Work, base_dir: Path, whole: Tensors) -> dict[str, str]:
+    """Every tensor rounded once; the digests of what was written, by its name in the folder."""
     import torch
 
-    with torch.inference_mode():
-        return [model(input_ids=torch.tensor([ids]), use_cache=False).logits[0].float() for ids in probes]
+    from xtuner_core.export.checkpoint import to_hugging_face
+    from xtuner_core.export.tensors import finite, write_folder
+    from xtuner_core.export.verify import noted
+
+    dtype, folder = getattr(torch, recipe.convert.dtype), work.payload / "model"
+    folder.mkdir()
+    rounded = {name: tensor.to(dtype) if tensor.dtype.is_floating_point else tensor for name, tensor in whole.items()}
+    digests: dict[str, str] = {}
+    published = noted(finite(to_hugging_face(base_dir, rounded)), digests)
+    with progress("writing", sum(tensor.bytes for tensor in published.values()), work.log) as wrote:
+        write_folder(published, folder, recipe.convert.max_shard_size, wrote)
+    copy_texts(base_dir, folder, recipe.convert.dtype)
+    return digests
 
 
-def _agreement(reference: list[torch.Tensor], other: list[torch.Tensor], tie: float) -> float:
-    """Share of positions where the other choice is as good: its reference logit is within `tie` × the largest logit of the best."""
-    kept = 0
-    for exact, rounded in zip(reference, other, strict=True):  # [tokens, vocabulary]
-        chosen = exact.gather(-1, rounded.argmax(-1, keepdim=True))[:, 0]
-        kept += int((exact.amax(-1) - chosen <= tie * exact.abs().amax(-1)).sum())
-    return kept / sum(len(logits) for logits in reference)
-
-
-def _require_finite(tensors: Mapping[str, torch.Tensor]) -> None:
+def _read_back(
+    recipe: Recipe, model_dir: Path, digests: Mapping[str, str], reference: list[torch.Tensor], probes: list[list[int]]
+) -> Checks:
+    """The folder's own tensors, to the bit; and the model they make, computed exactly, so that only the rounding is judged."""
     import torch
 
-    for name, tensor in tensors.items():
-        if not bool(torch.isfinite(tensor).all()):
-            raise DataError(f"tensor {name} holds NaN or infinity as {tensor.dtype}; it is not exported. Train with a lower train.lr.")
+    from xtuner_core.export.checkpoint import open_model
+    from xtuner_core.export.tensors import open_folder
+    from xtuner_core.export.verify import agreement, logits, require_bytes
+
+    require_bytes(open_folder(model_dir), digests)
+    rounded = logits(model_dir, open_model(model_dir), probes)
+    kept = agreement(reference, rounded, torch.finfo(getattr(torch, recipe.convert.dtype)).eps)
+    if kept < MIN_AGREEMENT:
+        raise DataError(
+            f"only {kept:.2%} of next-token choices survive the cast to {recipe.convert.dtype}, {MIN_AGREEMENT:.0%} must. "
+            "Export with --set convert.dtype=float32."
+        )
+    return {"same_next_token": agreement(reference, rounded), "next_token_agreement": kept}
 
 
 def _require_same_keys(base_dir: Path, model_dir: Path) -> None:
-    from xtuner_core.checkpoint.hf import weight_keys
-
     before = {name: shape for name, (shape, _) in weight_keys(base_dir).items()}
     after = {name: shape for name, (shape, _) in weight_keys(model_dir).items()}
     if before != after:
@@ -157,35 +184,30 @@ def _require_same_keys(base_dir: Path, model_dir: Path) -> None:
         raise DataError(f"the exported tensors differ from the base model's in name or shape: {', '.join(wrong[:5])}.")
 
 
-def _require_equal(expected: Mapping[str, torch.Tensor], found: Mapping[str, torch.Tensor]) -> None:
-    import torch
+def _complete(work: Work, base_dir: Path, model_dir: Path) -> None:
+    """The chat template, if the base has none, and a generation config that ends answers where training did."""
+    from xtuner_core.data.render import find_template, has_own_template, stop_token
+    from xtuner_core.data.tokenize import load_tokenizer
 
-    for name, tensor in expected.items():
-        if not torch.equal(tensor.float(), found[name]):
-            raise DataError(f"tensor {name} read back from the exported folder is not the fp32 merge rounded once.")
-
-
-def _copy_tokenizer(base_dir: Path, model_dir: Path) -> None:
-    """Tokenizer, chat template and what else is text comes from the base, byte for byte."""
-    for path in sorted(base_dir.iterdir()):
-        is_text = path.suffix in (".json", ".jinja", ".txt", ".model") and not path.name.endswith(".index.json")
-        if is_text and path.is_file() and not (model_dir / path.name).exists():
-            shutil.copyfile(path, model_dir / path.name)
+    template, tokenizer = _described(work)["template"], load_tokenizer(base_dir)
+    if not has_own_template(model_dir):
+        write_bytes(model_dir / "chat_template.jinja", (find_template(template).JINJA or "").encode())
+    stop = tokenizer.control.get(stop_token(template, base_dir, tokenizer) or "")
+    complete_generation_config(model_dir, [] if stop is None else [stop])
 
 
 def _require_same_template(work: Work, model_dir: Path) -> None:
-    """The exported chat template must give the ids that training saw."""
+    """The exported tokenizer must be faithful, and its chat template must give the ids that training saw."""
     import numpy as np
 
     from xtuner_core.data.conversation import Conversation, Message
-    from xtuner_core.data.render import find_template, first_difference, has_own_template, own_ids
+    from xtuner_core.data.render import first_difference, own_ids
     from xtuner_core.data.tokenize import load_tokenizer
+    from xtuner_core.export.tokenizer import require_faithful
 
     samples = _samples(work)
-    if not has_own_template(model_dir):
-        name = json.loads((work.inputs["data"] / "data.json").read_text(encoding="utf-8"))["template"]
-        (model_dir / "chat_template.jinja").write_text(find_template(name).JINJA or "", encoding="utf-8")
     conversations = [Conversation(tuple(map(Message.from_dict, sample["messages"])), tuple(sample["tools"])) for sample in samples]
+    require_faithful(model_dir, [message.content or "" for one in conversations for message in one.messages])
     seen = [np.array(sample["ids"], dtype=np.uint32) for sample in samples]
     if difference := first_difference(seen, own_ids(model_dir, conversations), set(load_tokenizer(model_dir).control.values())):
         raise DataError(f"the exported chat template gives other tokens than training saw: {difference}.")
@@ -196,26 +218,66 @@ def _samples(work: Work) -> list[dict[str, Any]]:
         return [json.loads(line) for line in lines]
 
 
+def _described(work: Work) -> dict[str, Any]:
+    return json.loads((work.inputs["data"] / "data.json").read_text(encoding="utf-8"))
+
+
 def _probes(work: Work) -> list[list[int]]:
     """Token ids the checks run on: of the stored conversations or, where only plain text was trained on, of the first documents."""
     from xtuner_core.data.dataset import PackedDataset
 
     if samples := _samples(work)[:PROBES]:
-        return [sample["ids"] for sample in samples]
+        return [sample["ids"][-PROBE_TOKENS:] for sample in samples]
     dataset = PackedDataset(work.inputs["data"])
     count = sum(len(shard) for shard in dataset.shards)
-    return [dataset.document(number).ids.tolist() for number in range(min(PROBES, count))]
+    return [dataset.document(number).ids[-PROBE_TOKENS:].tolist() for number in range(min(PROBES, count))]
 
 
-def _base_name(recipe: Recipe) -> str:
-    base = recipe.model.base
-    return Path(base).name if Path(base).exists() else base
+_COUNTS = ("documents", "tokens", "learned_tokens", "validation_documents", "rejected", "dropped")
+
+
+def _facts(recipe: Recipe, work: Work, checks: Checks) -> dict[str, Any]:
+    """What the cards tell."""
+    described, training = _described(work), work.inputs["checkpoint"] / "training.json"
+    return {
+        "base": base_name(recipe),
+        "license": license_of(work.inputs["base"] / "model"),
+        "relation": "finetune",
+        "dtype": recipe.convert.dtype,
+        "checks": _told(recipe, checks),
+        "data": [{"file": file.name, "sha256": sha256(file)} for file in prepare.files_of(recipe)],
+        "counts": {name: described[name] for name in _COUNTS if described.get(name)},
+        "training": json.loads(training.read_text(encoding="utf-8")) if training.is_file() else {},
+    }
+
+
+def _told(recipe: Recipe, checks: Checks) -> dict[str, str]:
+    """The checks' figures in steps: their last digits are the processor's, and the card's bytes are to be the model's."""
+    told = {f"next-token choices kept in {recipe.convert.dtype}": f"{checks['next_token_agreement']:.0%}"}
+    if error := checks.get("merge_error"):
+        told["logits of the merge differ from those of base + adapter by"] = (
+            f"at most {10.0 ** math.ceil(math.log10(error)):.0e} of the largest"
+        )
+    return told
+
+
+def _write_cards(recipe: Recipe, work: Work, facts: Mapping[str, Any]) -> None:
+    write_json(work.payload / "facts.json", facts)
+    for folder, relation in (("model", "finetune"), ("adapter", "adapter")):
+        if (work.payload / folder).is_dir():
+            write_bytes(work.payload / folder / "README.md", card(recipe, {**facts, "relation": relation}).encode())
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    # The checkpoint's digest does not tell how its tensors are meant, so the method and its scaling are settings here too.
-    method = recipe.train.model_dump(mode="json", include={"method", "freeze"} if recipe.train.method == "full" else {"method", "lora"})
-    return {**recipe.convert.model_dump(mode="json"), **method, "base": _base_name(recipe)}
+    """What decides the tensors, which the checkpoint's digest does not tell: how they are meant; and what the card tells."""
+    return {"card": {"description": recipe.description, **shown_recipe(recipe)}, "files": [file.name for file in prepare.files_of(recipe)]}
 
 
-STAGE = Stage(name="convert", version=1, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "safetensors"))
+STAGE = Stage(
+    name="convert",
+    version=2,
+    run=run,
+    settings=_settings,
+    files=prepare.files_of,
+    libraries=("torch", "transformers", "peft", "safetensors", "huggingface_hub"),
+)

@@ -30,7 +30,7 @@ WATCHED = ("metrics.jsonl", "validation.jsonl", "samples.jsonl", "profile", "ten
 
 
 def run(recipe: Recipe, work: Work) -> Metrics:
-    """Train; payload `checkpoint/` has the trained tensors, the record the full log, metrics and the loss curve.
+    """Train; payload: `checkpoint/` with the trained tensors, `training.json` with figures; record: the log, metrics, the loss curve.
 
     Raises:
         UserError: what the engine reported in its outcome file, or that it died without one.
@@ -60,7 +60,9 @@ def run(recipe: Recipe, work: Work) -> Metrics:
             shutil.copytree(work.scratch / name, work.record / name, dirs_exist_ok=True, ignore_dangling_symlinks=True)  # wandb's
         elif (work.scratch / name).exists():
             shutil.copyfile(work.scratch / name, work.record / name)
-    return {**_summary(work.record), **_validation(work.record), **_told(work.payload / "checkpoint" / "checkpoint.json")}
+    metrics = {**_summary(work.record), **_validation(work.record), **_told(work.payload / "checkpoint" / "checkpoint.json")}
+    write_json(work.payload / "training.json", {name: value for name, value in metrics.items() if name != "tokens_per_second"})
+    return metrics
 
 
 def with_places(settings: TrainConfig) -> TrainConfig:
@@ -119,4 +121,4 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {**quantizer, **switches().facts(), "train": recipe.train.deciding(), "seed": recipe.seed}
 
 
-STAGE = Stage(name="train", version=4, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "numpy"), resumable=True)
+STAGE = Stage(name="train", version=5, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "numpy"), resumable=True)

@@ -10,17 +10,18 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from pipelines import convert
+from pipelines import convert, prepare
 from pipelines.artifacts import Artifact, Store, sha256
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe import PROJECT, Recipe, load_recipe
 from pipelines.runner import run_until
 from pipelines.stage import Metrics, Work
 from xtuner_core.checkpoint.hf import weight_keys
 from xtuner_core.checkpoint.store import is_whole
-from xtuner_core.errors import DataError
+from xtuner_core.errors import DataError, RecipeError
 
 pytestmark = pytest.mark.slow
 
@@ -91,8 +92,8 @@ def other_base(source: Path, folder: Path, **config: Any) -> Path:
 def test_lora_becomes_an_adapter_that_peft_loads_and_a_folder_that_equals_it(store: Store) -> None:
     base, converted = made("base", LORA, store), made("convert", LORA, store)
     model, adapter = converted.payload / "model", converted.payload / "adapter"
-    assert sorted(path.name for path in converted.payload.iterdir()) == ["adapter", "model"]
-    assert sorted(path.name for path in adapter.iterdir()) == ["adapter_config.json", "adapter_model.safetensors"]
+    assert sorted(path.name for path in converted.payload.iterdir()) == ["adapter", "facts.json", "model"]
+    assert sorted(path.name for path in adapter.iterdir()) == ["README.md", "adapter_config.json", "adapter_model.safetensors"]
 
     plain = load(base.payload / "model", dtype=torch.float32)
     untouched = logits(plain)
@@ -110,7 +111,11 @@ def test_lora_becomes_an_adapter_that_peft_loads_and_a_folder_that_equals_it(sto
     assert weight_keys(model).keys() == weight_keys(base.payload / "model").keys()
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         assert (model / name).read_bytes() == (base.payload / "model" / name).read_bytes()
-    assert (model / "generation_config.json").is_file()
+    assert not (model / "model.safetensors.index.json").exists()
+    tokenizer = json.loads((model / "tokenizer.json").read_text())
+    ids = {entry["content"]: entry["id"] for entry in tokenizer["added_tokens"]}
+    ends = json.loads((model / "generation_config.json").read_text())["eos_token_id"]
+    assert ids["<|im_end|>"] in ([ends] if isinstance(ends, int) else ends), "every server must stop at the end of a turn"
     assert 0 <= converted.metrics["merge_error"] <= convert.MERGE_TOLERANCE
     assert converted.metrics["next_token_agreement"] >= convert.MIN_AGREEMENT
 
@@ -122,16 +127,30 @@ def test_the_same_inputs_give_the_same_bytes(store: Store, tmp_path: Path) -> No
     assert all((converted.payload / file).read_bytes() == (tmp_path / "again" / "payload" / file).read_bytes() for file in files)
 
 
+def test_the_cards_tell_base_data_and_checks(store: Store) -> None:
+    converted = made("convert", LORA, store)
+    texts = {name: (converted.payload / name / "README.md").read_text() for name in ("model", "adapter")}
+    headers = {name: yaml.safe_load(text.split("---")[1]) for name, text in texts.items()}
+    assert headers["model"]["base_model"] == headers["adapter"]["base_model"] == LORA.model.base
+    assert [headers[name]["base_model_relation"] for name in texts] == ["finetune", "adapter"]
+    assert [headers[name]["library_name"] for name in texts] == ["transformers", "peft"]
+    (data,) = (sha256(path) for path in prepare.files_of(LORA))
+    last_loss = f"{made('train', LORA, store).metrics['last_loss']:.4g}"
+    for text in texts.values():
+        assert data in text and f"last loss: {last_loss}" in text and "of the largest" in text
+        assert str(store.root) not in text and str(PROJECT) not in text
+
+
 def test_full_training_exports_no_adapter(store: Store, tmp_path: Path) -> None:
     assert "merge_error" not in run(FULL, store, tmp_path / "out")
-    assert [path.name for path in (tmp_path / "out" / "payload").iterdir()] == ["model"]
+    assert sorted(path.name for path in (tmp_path / "out" / "payload").iterdir()) == ["facts.json", "model"]
 
 
 def test_small_shards_are_one_model(store: Store, tmp_path: Path) -> None:
     recipe = FULL.model_copy(update={"convert": FULL.convert.model_copy(update={"max_shard_size": "50KB"})})
     run(recipe, store, tmp_path / "out")
     model = tmp_path / "out" / "payload" / "model"
-    assert len(list(model.glob("*.safetensors"))) > 2
+    assert len(list(model.glob("*.safetensors"))) > 2 and (model / "model.safetensors.index.json").is_file()
     assert load(model, dtype=torch.bfloat16).num_parameters() > 100_000
 
 
@@ -183,6 +202,35 @@ def test_a_chat_template_that_training_did_not_see_is_refused(old: str, new: str
     assert old in template.read_text()
     template.write_text(template.read_text().replace(old, new))
     with pytest.raises(DataError, match="the exported chat template gives other tokens than training saw: conversation 0 differs at token"):
+        run(FULL, store, tmp_path / "out", base=base)
+
+
+def test_a_torn_base_is_refused(store: Store, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(made("base", FULL, store).payload, base)
+    with open(base / "model" / "model.safetensors", "r+b") as file:
+        file.truncate(file.seek(0, 2) - 100)
+    with pytest.raises(DataError, match=r"model\.safetensors: not a whole safetensors file"):
+        run(FULL, store, tmp_path / "out", base=base)
+
+
+def test_a_base_without_a_tokenizer_is_refused(store: Store, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(made("base", FULL, store).payload, base)
+    (base / "model" / "tokenizer.json").unlink()
+    with pytest.raises(RecipeError, match=r"tokenizer\.json: not a tokenizer"):
+        run(FULL, store, tmp_path / "out", base=base)
+
+
+def test_a_tokenizer_that_contradicts_itself_is_refused(store: Store, tmp_path: Path) -> None:
+    base = tmp_path / "base"
+    shutil.copytree(made("base", FULL, store).payload, base)
+    file = base / "model" / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    one, other = tokenizer["added_tokens"][-2:]
+    one["id"], other["id"] = other["id"], one["id"]
+    file.write_text(json.dumps(tokenizer))
+    with pytest.raises(DataError, match=r"turns the control token .* into \[259\], not into 260"):
         run(FULL, store, tmp_path / "out", base=base)
 
 

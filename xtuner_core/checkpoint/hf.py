@@ -8,10 +8,13 @@ rope parameters are looked up at the old place, so theta falls back to 10000; `T
 from __future__ import annotations
 
 import json
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import yaml
 
 from xtuner_core.durable import write_json
 from xtuner_core.errors import DataError
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
 Json = dict[str, Any]
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+GENERATION = "generation_config.json"
 
 
 def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str = "5GB") -> None:
@@ -65,6 +69,53 @@ def copy_texts(base: Path, folder: Path, dtype: str | None = None) -> None:
     make_portable(folder)
 
 
+def complete_generation_config(folder: Path, stops: Sequence[int]) -> None:
+    """Write generation_config.json, or add to it, so that every server ends an answer at the model's own eos or at one of `stops`.
+
+    Raises:
+        DataError: a file is not JSON.
+    """
+    config, generation = _read(folder / "config.json"), read_generation_config(folder)
+    known = {name: config[name] for name in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(name) is not None}
+    ends = list(dict.fromkeys([*eos_ids(known | generation), *stops]))
+    eos = {"eos_token_id": ends if len(ends) > 1 else ends[0]} if ends else {}
+    write_json(folder / GENERATION, known | generation | eos)
+
+
+def read_generation_config(folder: Path) -> Json:
+    """Its fields that say something; none without the file (DataError: not JSON)."""
+    return {name: value for name, value in _read(folder / GENERATION).items() if value is not None}
+
+
+def eos_ids(config: Json) -> list[int]:
+    """Every token that ends an answer: one or several are given as one field."""
+    ends = config.get("eos_token_id", [])
+    return ends if isinstance(ends, list) else [ends]
+
+
+def license_of(folder: Path) -> str | None:
+    """The licence that the README.md of a model folder states in its YAML header, as the Hub names it; None if it states none."""
+    readme = folder / "README.md"
+    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
+    header = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    try:
+        fields = yaml.safe_load(header[1]) if header else None
+    except (yaml.YAMLError, ValueError, RecursionError):
+        return None
+    found = fields.get("license") if isinstance(fields, dict) else None
+    return found if isinstance(found, str) else None
+
+
+def _read(file: Path) -> Json:
+    """Empty if it is not there (DataError: not JSON)."""
+    if not file.is_file():
+        return {}
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: not readable as JSON ({error}). Copy the model folder again.") from None
+
+
 def _with_dtype(config: Json, dtype: str) -> Json:
     nested = {name: _with_dtype(value, dtype) for name, value in config.items() if _is_part(name, value) and "dtype" in value}
     return config | nested | {"dtype": dtype}
@@ -75,13 +126,8 @@ def _is_part(name: str, value: Any) -> bool:
 
 
 def _rewrite(file: Path, change: Callable[[Json], Json]) -> None:
-    if not file.is_file():
-        return
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: not readable as JSON ({error}). Copy the model folder again.") from None
-    write_json(file, change(config))
+    if file.is_file():
+        write_json(file, change(_read(file)))
 
 
 def _without(config: Json, *names: str) -> Json:

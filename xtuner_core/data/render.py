@@ -78,6 +78,21 @@ def choose_template(model_dir: Path, name: str | None) -> str:
     raise RecipeError(f"{model_dir}: no template gives the token ids of the model's own ({told}). Set model.template, or add a template.")
 
 
+def difference_from_own(model_dir: Path, name: str) -> str | None:
+    """Where the token ids of template `name` first differ from those of the model's own template, in words; None if nowhere."""
+    if not has_own_template(model_dir):
+        return "the model has none"
+    return _first_mismatch(name, load_tokenizer(model_dir), model_dir, _own_probes(model_dir))
+
+
+def stop_token(name: str, model_dir: Path, tokenizer: ChatTokenizer) -> str | None:
+    """The token that ends the assistant's turn; of the template `own` the last one that is learned of an answer, if any is."""
+    if name != templates.OWN:
+        return find_template(name).STOP
+    learned = [piece.token for piece in renderer(name, model_dir, tokenizer)(PROBES[0]) if isinstance(piece, Control) and piece.loss]
+    return learned[-1] if learned else None
+
+
 def control_tokens(name: str) -> tuple[str, ...]:
     """The control tokens that a shipped template writes in plain conversations, in the order in which they come."""
     found: dict[str, None] = {}
