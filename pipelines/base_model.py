@@ -112,8 +112,23 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     folder.mkdir()
     _MAKERS[source.kind](source, folder, recipe, work)
     _require_complete(folder, source.name)
+    _give_known_form(folder, work)
     require_usable(folder)
     return describe(folder)
+
+
+def _give_known_form(folder: Path, work: Work) -> None:
+    """InternLM2 needs code that comes with the model, which is never run; as a llama the same weights need none."""
+    from xtuner_core.models.check import read_config
+
+    config = read_config(folder / "config.json")
+    if config["model_type"] == "internlm2":
+        from xtuner_core.export.internlm2 import write_llama
+
+        work.log("base: the InternLM2 model gets its llama form")
+        original = Path(shutil.move(folder, work.scratch / "internlm2"))
+        folder.mkdir()
+        write_llama(original, config, folder)
 
 
 def describe(folder: Path) -> Metrics:

@@ -67,3 +67,39 @@ def pth_to_hf(
         )
     convert_pth(source, target, base, alpha, _torch_dtype(dtype), max_shard_size, print)
     print(target)
+
+
+@app.command(name=("internlm2_to_llama", "internlm2-to-llama"))
+def internlm2_to_llama(source: Path, target: Path, *, base: Path | None = None, max_shard_size: ShardSize = "5GB") -> None:
+    """An InternLM2 folder (fused wqkv), or an adapter of one → the llama form, which needs no code of its own.
+
+    Parameters
+    ----------
+    source
+        Model folder or adapter folder.
+    target
+        The folder to be made.
+    base
+        For an adapter, the folder of its model.
+    """
+    from xtuner_core.export.internlm2 import to_llama
+
+    to_llama(source, target, max_shard_size, base)
+    print(target)
+
+
+@app.command(name=("llama_to_internlm2", "llama-to-internlm2"))
+def llama_to_internlm2(source: Path, target: Path, *, max_shard_size: ShardSize = "5GB") -> None:
+    """A llama folder → InternLM2's form; whoever reads it needs the Python files that InternLM publishes beside its weights.
+
+    Parameters
+    ----------
+    source
+        Model folder.
+    target
+        The folder to be made.
+    """
+    from xtuner_core.export.internlm2 import from_llama
+
+    from_llama(source, target, max_shard_size)
+    print(target)

@@ -64,6 +64,7 @@ def write_zero(
 ) -> None:
     """`groups` are the optimizer's; `shared` maps a second name to the first; `client` is what the trainer adds."""
     folder.mkdir(parents=True)
+    kept = [{name: fragment(one, rank, world) if stage == 3 else one for name, one in frozen.items()} for rank in range(world)]
     shapes = [OrderedDict((name, tensor.shape) for name, tensor in group.items()) for group in groups]
     with deepspeed_named():
         for rank in range(world):
@@ -71,7 +72,7 @@ def write_zero(
                 "module": {} if stage == 3 else {name: one.bfloat16() for group in groups for name, one in group.items()},
                 "buffer_names": list(buffers), "optimizer": None, "param_shapes": shapes, "shared_params": shared,
                 "frozen_param_shapes": OrderedDict((name, tensor.shape) for name, tensor in frozen.items()),
-                "frozen_param_fragments": OrderedDict((name, fragment(one, rank, world) if stage == 3 else one) for name, one in frozen.items()),
+                "frozen_param_fragments": OrderedDict(kept[rank]),
                 "ds_config": {"zero_optimization": {"stage": stage}}, "ds_version": "0.19.8", "dp_world_size": world, **client,
             }  # fmt: skip
             model["module"] |= buffers
