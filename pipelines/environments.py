@@ -4,15 +4,17 @@
     .environments/<name>-<digest>/complete.json    written last: without it the environment is half-made and is built again
     .environments/<name>-<digest>.log              what pip said
 
-By hand: `xtuner env create NAME [--torch-index-url URL]`.
+By hand: `xtuner env create|list|check NAME`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import time
 from collections.abc import Iterable, Mapping
@@ -28,6 +30,9 @@ from xtuner_core.durable import remove, write_json
 from xtuner_core.errors import RecipeError, StorageError
 
 ROOT = PROJECT / ".environments"
+INSIDE = Path(__file__).with_name("inside_environment.py")
+CHECK_SECONDS = 600
+"""A first import compiles thousands of files."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +43,32 @@ class Environment:
     """Exact versions, as `pip freeze` writes them; names both packages."""
     first: str
     package: str
+    modules: tuple[str, ...] = ()
+    """What must import in it."""
+    nothing_else: bool = False
+    """The constraints are all that is installed, whatever the packages ask for beside it."""
+    needs_cuda: bool = False
 
 
+WITHOUT_CUDA = "-without-cuda"
 KNOWN: Mapping[str, Environment] = {
-    "opencompass": Environment(PROJECT / "constraints-opencompass.txt", first="torch", package="opencompass"),
+    "opencompass": Environment(
+        PROJECT / "constraints-opencompass.txt", first="torch", package="opencompass", modules=("opencompass.cli.main",)
+    ),
+    "lmdeploy": Environment(
+        PROJECT / "constraints-lmdeploy.txt",
+        first="torch",
+        package="lmdeploy",
+        modules=("lmdeploy.cli", "lmdeploy.turbomind", "lmdeploy.serve.openai.api_server"),
+        needs_cuda=True,
+    ),
+    f"lmdeploy{WITHOUT_CUDA}": Environment(
+        PROJECT / "constraints-lmdeploy-without-cuda.txt",
+        first="torch",
+        package="lmdeploy",
+        modules=("lmdeploy.cli", "lmdeploy.archs", "lmdeploy.pytorch.config"),
+        nothing_else=True,
+    ),
 }
 
 
@@ -58,12 +85,16 @@ def ensure(name: str, log: Log, torch_index_url: str | None = None, root: Path =
     """The python of the environment, which is built if it is missing or half-made (about a minute, network needed).
 
     Raises:
-        RecipeError: no such environment.
+        RecipeError: no such environment, or it needs a GPU that is not there.
         StorageError: it cannot be built; names pip's complaint, the log and what to do.
     """
-    if name not in known:
-        raise RecipeError(f"environment {name!r} is not one of {', '.join(known)}.")
-    folder = _folder(name, known[name], root)
+    folder = _folder(name, _known(name, known), root)
+    if known[name].needs_cuda and not cuda_is_visible():
+        raise RecipeError(
+            f"environment {name} needs a CUDA GPU, and none is visible here: its engines run on nothing else, and most of its gigabytes "
+            "are CUDA libraries. To chat on this machine use chatter transformers. For what works without a GPU (imports, check_env, the "
+            f"argument parser): `xtuner env create {name} --without-cuda`."
+        )
     if not _is_complete(folder):
         log(f"environment {name} is missing: building {folder}, or waiting for the run that does (output: {_output(folder)})")
         root.mkdir(parents=True, exist_ok=True)
@@ -73,16 +104,64 @@ def ensure(name: str, log: Log, torch_index_url: str | None = None, root: Path =
     return _python(folder)
 
 
+def built(name: str, root: Path = ROOT, known: Mapping[str, Environment] = KNOWN) -> Path | None:
+    """The python of an environment that is built; None if it is not."""
+    folder = _folder(name, _known(name, known), root)
+    return _python(folder) if _is_complete(folder) else None
+
+
 def list_environments(root: Path = ROOT, known: Mapping[str, Environment] = KNOWN) -> list[State]:
     """Every known environment, built or not."""
     folders = [(name, _folder(name, environment, root)) for name, environment in known.items()]
     return [State(name, folder, _is_complete(folder)) for name, folder in folders]
 
 
+def check(name: str, root: Path = ROOT, known: Mapping[str, Environment] = KNOWN) -> list[str]:
+    """What is wrong with an environment: not built, other versions than the pinned ones, a module that does not import, a broken
+    requirement; each with what to do. None: it answers as it should.
+
+    Raises:
+        RecipeError: no such environment.
+    """
+    environment = _known(name, known)
+    folder = _folder(name, environment, root)
+    if not _is_complete(folder):
+        return [f"{folder} is not built, or only half; run `xtuner env create {name.replace(WITHOUT_CUDA, ' --without-cuda')}`."]
+    asked = json.dumps({"versions": pinned_versions(environment.constraints), "modules": environment.modules})
+    found = _answer(folder, [str(INSIDE)], asked)
+    if not environment.nothing_else:
+        found += [line for line in _answer(folder, ["-m", "pip", "check"]) if "No broken requirements" not in line]
+    advice = f"`rm -r {folder}`, then `xtuner env create {name.replace(WITHOUT_CUDA, ' --without-cuda')}`"
+    return [*found, f"To build it anew: {advice}."] if found else []
+
+
+def _answer(folder: Path, arguments: list[str], question: str = "") -> list[str]:
+    """The lines that the environment's Python prints; its last error if it fails without any."""
+    command = [str(_python(folder)), "-I", *arguments]
+    try:
+        done = subprocess.run(command, input=question, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return [f"its Python does not answer: {error}"]
+    lines = done.stdout.splitlines()
+    return lines if done.returncode == 0 or lines else done.stderr.splitlines()[-1:]
+
+
+def cuda_is_visible() -> bool:
+    """Whether a CUDA program would find a GPU, without starting one."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
+    return not hidden and any(Path("/dev").glob("nvidia[0-9]*"))
+
+
 def pinned_versions(constraints: Path) -> dict[str, str]:
     """Package → version, from `name==version` lines."""
     lines = (line.split("#")[0].strip() for line in constraints.read_text(encoding="utf-8").splitlines())
     return {name: version for name, equals, version in (line.partition("==") for line in lines) if equals}
+
+
+def _known(name: str, known: Mapping[str, Environment]) -> Environment:
+    if name not in known:
+        raise RecipeError(f"environment {name!r} is not one of {', '.join(known)}.")
+    return known[name]
 
 
 def _folder(name: str, environment: Environment, root: Path) -> Path:
@@ -117,11 +196,15 @@ def _build(folder: Path, name: str, environment: Environment, torch_index_url: s
 
 def _steps(folder: Path, environment: Environment, torch_index_url: str | None) -> Iterable[list[str]]:
     install = [str(_python(folder)), "-m", "pip", "install", "--no-input", "--disable-pip-version-check", "--progress-bar=off"]
+    install += ["--no-compile"]  # of tens of thousands of files, those that are used are compiled when they are
     pinned = f"{environment.first}=={pinned_versions(environment.constraints)[environment.first]}"
     yield [sys.executable, "-m", "venv", str(folder)]
     # Its dependencies come unpinned: an index of torch alone rarely has our versions of them. The last step corrects them.
     yield [*install, pinned, *(["--index-url", torch_index_url] if torch_index_url else [])]
-    yield [*install, environment.package, "--constraint", str(environment.constraints)]
+    if environment.nothing_else:
+        yield [*install, "--no-deps", "--requirement", str(environment.constraints)]
+    else:
+        yield [*install, environment.package, "--constraint", str(environment.constraints)]
 
 
 _WORTH_TELLING = re.compile(r"\(\d[\d.]* [MG]B\)|^Installing collected packages")
