@@ -13,7 +13,7 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
-from pipelines.commands import chat, convert, environments
+from pipelines.commands import chat, convert, environments, serve
 from pipelines.commands.recipe_options import DEFAULT_STORE, STAGES, Overrides, RecipeName, StoreDir, run_stage
 from xtuner_core.errors import BUG, RecipeError, UserError, from_os_error
 
@@ -35,7 +35,7 @@ app = App(
     version=_version,
     version_flags=["--version"],
 )
-for commands in (convert.app, chat.app, environments.app):
+for commands in (convert.app, chat.app, serve.app, environments.app):
     app.command(commands)
 
 _PREFECT_DEFAULTS = {

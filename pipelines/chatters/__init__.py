@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -28,7 +28,7 @@ class Request:
     host: str = LOOPBACK
     port: int | None = None
     """None: a free one."""
-    token: str | None = None
+    token: str | None = field(default=None, repr=False)
     """Clients must send it (`Authorization: Bearer`); needed for any host but loopback."""
     start_timeout: int = START_SECONDS
     """Seconds until the server must be healthy."""
@@ -43,17 +43,18 @@ class Endpoint:
     base_url: str
     model: str
     """The name that requests must give."""
-    api_key: str = "none"
+    api_key: str = field(default="none", repr=False)
 
 
 def choose(name: str) -> ModuleType:
-    """The module called `name`; `auto` is transformers.
+    """The module called `name`; `auto` is lmdeploy where it can run, else transformers.
 
     Raises:
         RecipeError: there is no such module, or this machine cannot run it; names the reason.
     """
     if name == "auto":
-        return choose("transformers")
+        lmdeploy = registry.find(sys.modules[__name__], "lmdeploy")
+        return lmdeploy if lmdeploy.unavailable() is None else choose("transformers")
     module = registry.find(sys.modules[__name__], name)
     if reason := module.unavailable():
         raise RecipeError(f"chatter {name} cannot run here: {reason}")

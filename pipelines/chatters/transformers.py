@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -11,13 +10,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from pipelines.chatters import LOOPBACK, Endpoint, Request
-from pipelines.chatters._server import running, usable_port
+from pipelines.chatters._server import MODEL, running
 from pipelines.stage import Log
-
-MODEL = "model"
-_NO_NETWORK = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_UPDATE_CHECK": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "PYTHONSAFEPATH": "1"}
-_POLITE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Waiting threads sleep: spinning ones made answers ten times slower beside one other busy process (2 cores)."""
 
 
 def unavailable() -> str | None:
@@ -30,14 +24,12 @@ def serve(request: Request, log_file: Path, log: Log) -> Iterator[Endpoint]:
     """Serve a Hugging Face folder in the precision of its weights.
 
     Raises:
-        RecipeError: the port is taken.
-        UserError: the server ended or did not answer in time; the message holds the end of its log.
+        RecipeError, UserError: as `running`.
     """
-    port = usable_port(request.port)
     with TemporaryDirectory(prefix="xtuner-chat-") as folder:
         _lay_out(request.model_dir.resolve(), Path(folder, MODEL))
-        with running(command(port), _POLITE | os.environ | _NO_NETWORK, port, request, log_file, log, cwd=Path(folder)):
-            yield Endpoint(f"http://{LOOPBACK}:{port}/v1", MODEL)
+        with running(command, request, log_file, log, cwd=Path(folder)) as endpoint:
+            yield endpoint
 
 
 def command(port: int) -> list[str]:
