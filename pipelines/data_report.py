@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines.artifacts import sha256
-from pipelines.heldout import HeldOut, read_heldout
+from pipelines.heldout import read_heldout
 from pipelines.preview import Prepared, choose, marked, rejected_rows, short
+from pipelines.questions import read_choices, read_measured
 from pipelines.recipe import Recipe, resolve_path
 from pipelines.report_page import page
 from pipelines.stage import Metrics
@@ -36,6 +37,8 @@ MOST_GROUPS = 200
 
 Place = Callable[[int], str]
 """Document number → file:line."""
+Asked = tuple[str, str, str]
+"""A held-out sample's file:line, question and answer."""
 
 
 def write_report(payload: Path, record: Path, model_dir: Path, files: Sequence[Path], recipe: Recipe, metrics: Metrics) -> None:
@@ -168,32 +171,56 @@ def _leakage(prepared: Prepared, recipe: Recipe) -> list[dict[str, Any]]:
     """For each held-out file of the recipe, which of its questions stand in the prepared documents."""
     from xtuner_core.data.leakage import Question, find_leaks
 
-    readable: list[tuple[dict[str, Any], list[HeldOut]]] = []
-    entries = [_heldout_entry(path, uses) for path, uses in _heldout_files(recipe).items()]
-    for entry in entries:
+    readable: list[tuple[dict[str, Any], list[Asked]]] = []
+    entries = []
+    for (path, kind), uses in _heldout_files(recipe).items():
+        entries.append(_heldout_entry(path, uses))
         try:
-            readable.append((entry, read_heldout(Path(entry["file"]))))
+            readable.append((entries[-1], _ASKED[kind](path)))
         except DataError as error:
-            entry["problem"] = str(error)
-    questions = [Question(one.messages[-1]["content"], one.expected) for _, held in readable for one in held]
+            entries[-1]["problem"] = str(error)
+    questions = [Question(text, answer) for _, asked in readable for _, text, answer in asked]
     leaks = {leak.question: leak for leak in find_leaks(prepared.dataset.shards, questions, prepared.tokenizer)}
     first = 0
-    for entry, held in readable:
-        here = [(one, leaks[first + index]) for index, one in enumerate(held) if first + index in leaks]
-        entry |= {"questions": len(held), **_leak_figures(entry["file"], here, prepared.place)}
-        first += len(held)
+    for entry, asked in readable:
+        here = [(place, leaks[first + index]) for index, (place, _, _) in enumerate(asked) if first + index in leaks]
+        entry |= {"questions": len(asked), **_leak_figures(here, prepared.place)}
+        first += len(asked)
     return entries
 
 
-def _heldout_files(recipe: Recipe) -> dict[Path, list[str]]:
-    """Held-out file → what the recipe uses it for."""
-    uses: dict[Path, list[str]] = {}
+def _heldout_files(recipe: Recipe) -> dict[tuple[Path, str], list[str]]:
+    """Held-out file and how it is read → what the recipe uses it for."""
+    uses: dict[tuple[Path, str], list[str]] = {}
     for one in chosen(recipe.eval):
-        if one.dataset.path is not None:
-            uses.setdefault(Path(one.dataset.path), []).append(f"eval {one.dataset.name}")
+        if one.dataset.path is not None and one.dataset.kind in _ASKED:
+            uses.setdefault((Path(one.dataset.path), one.dataset.kind), []).append(f"eval {one.dataset.name}")
     if recipe.chat.prompts is not None:
-        uses.setdefault(resolve_path(recipe.chat.prompts), []).append("chat")
+        uses.setdefault((resolve_path(recipe.chat.prompts), "qa"), []).append("chat")
     return uses
+
+
+def _conversations(path: Path) -> list[Asked]:
+    return [(f"{short(str(path))}:{one.line}", one.messages[-1]["content"], one.expected) for one in read_heldout(path)]
+
+
+def _choices(path: Path) -> list[Asked]:
+    return [(short(one.place), one.question, one.choices[one.answer]) for one in read_choices(path)]
+
+
+def _texts(path: Path) -> list[Asked]:
+    """A plain text is its own question."""
+    return [(short(one.place), one.question or one.text, one.text) for one in read_measured(path)]
+
+
+_ASKED: Mapping[str, Callable[[Path], list[Asked]]] = {
+    "qa": _conversations,
+    "mcq": _choices,
+    "ppl": _choices,
+    "choice": _choices,
+    "loss": _texts,
+}
+"""Kind of data set → its questions; the files of other kinds are not searched for."""
 
 
 def _heldout_entry(path: Path, uses: Iterable[str]) -> dict[str, Any]:
@@ -201,11 +228,10 @@ def _heldout_entry(path: Path, uses: Iterable[str]) -> dict[str, Any]:
     return {"file": str(path), "used_for": list(uses), "sha256": sha256(path) if path.is_file() else None}
 
 
-def _leak_figures(file: str, leaks: Sequence[tuple[HeldOut, Leak]], place: Place) -> dict[str, Any]:
+def _leak_figures(leaks: Sequence[tuple[str, Leak]], place: Place) -> dict[str, Any]:
     in_order = sorted(leaks, key=lambda pair: not pair[1].whole)
     examples = [
-        {"question": f"{short(file)}:{one.line}", "document": place(leak.document), "whole": leak.whole, "text": leak.text}
-        for one, leak in in_order[:EXAMPLES]
+        {"question": asked, "document": place(leak.document), "whole": leak.whole, "text": leak.text} for asked, leak in in_order[:EXAMPLES]
     ]
     whole = sum(leak.whole for _, leak in leaks)
     return {"whole": whole, "overlap": len(leaks) - whole, "examples": examples}

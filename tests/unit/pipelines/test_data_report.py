@@ -118,9 +118,27 @@ def test_the_demo_s_held_out_tickets_are_not_in_its_training_data(smollm2_folder
     recipe = load_recipe("smollm2_135m_instruct_lora_tickets_e3")
     prepare.run(recipe, Work({"base": smollm2_folder.parent}, **parts, log=print))
     report = json.loads((tmp_path / "record" / "report.json").read_text())
-    [held] = report["leakage"]
-    assert (held["questions"], held["whole"], held["overlap"]) == (200, 0, 0)
+    assert [(Path(held["file"]).name, held["questions"], held["whole"], held["overlap"]) for held in report["leakage"]] == [
+        ("questions.jsonl", 100, 0, 0),
+        ("texts.jsonl", 12, 0, 0),
+        ("heldout.jsonl", 200, 0, 0),
+    ]
     assert report["duplicates"]["exact"]["documents"] == 0
+
+
+def test_questions_of_other_kinds_are_searched_for_too(reported: Reported, tmp_path: Path) -> None:
+    (tmp_path / "choices.jsonl").write_text('{"question": "Who hid the silver key?", "A": "A cat", "B": "A thief", "answer": "A"}\n')
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"text": LONG}) + "\n")
+    sets = [f"{{name: {kind}, kind: {kind}, path: {tmp_path / name}.jsonl}}" for kind, name in (("choice", "choices"), ("loss", "texts"))]
+    lines = [chat("Who hid the silver key?", "I do not know."), chat(LONG, "Oh.")]
+    report, _ = reported(lines, [chat("Who is it?", "Me.")], f"eval.datasets=[{', '.join(sets)}]")
+    choices, texts, prompts = report["leakage"]
+    assert [(held["used_for"], held["questions"], held["whole"]) for held in (choices, texts, prompts)] == [
+        (["eval choice"], 1, 1),
+        (["eval loss"], 1, 1),
+        (["chat"], 16, 0),
+    ]
+    assert choices["examples"][0]["question"].endswith("choices.jsonl:1")
 
 
 def test_copies_on_both_sides_of_the_split_are_told(reported: Reported, tmp_path: Path) -> None:
