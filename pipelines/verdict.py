@@ -42,8 +42,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     verdict = compare(scores, recipe.eval)
     write_json(work.payload / "scores.json", verdict)
     write_bytes(work.payload / "report.md", report(verdict).encode())
-    if (facts := work.inputs["model"] / "facts.json").is_file():
-        write_bytes(work.payload / "README.md", card(recipe, _read(facts), verdict).encode())
+    write_bytes(work.payload / "README.md", card(recipe, _read(work.inputs["model"] / "facts.json"), verdict).encode())
     write_bytes(work.record / "report.html", page(recipe.name, verdict).encode())
     for rule in verdict["gate"]["rules"]:
         work.log(f"gate: {rule['reason']}")
