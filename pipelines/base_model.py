@@ -33,6 +33,8 @@ _PACKAGE = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9][A-Za-z0-9.!+_-]*
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TEXT_SUFFIXES = (".json", ".jinja", ".model", ".txt")
 """Files of a model folder beside its weights: config, tokenizer, chat template."""
+_ABOUT = ("README", "LICENSE", "NOTICE")
+"""What the model's author says of it: the licence goes into the cards of what is made from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,12 +114,12 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     folder.mkdir()
     _MAKERS[source.kind](source, folder, recipe, work)
     _require_complete(folder, source.name)
-    _give_known_form(folder, work)
+    give_known_form(folder, work)
     require_usable(folder)
     return describe(folder)
 
 
-def _give_known_form(folder: Path, work: Work) -> None:
+def give_known_form(folder: Path, work: Work) -> None:
     """InternLM2 needs code that comes with the model, which is never run; as a llama the same weights need none."""
     from xtuner_core.models.check import read_config
 
@@ -125,7 +127,7 @@ def _give_known_form(folder: Path, work: Work) -> None:
     if config["model_type"] == "internlm2":
         from xtuner_core.export.internlm2 import write_llama
 
-        work.log("base: the InternLM2 model gets its llama form")
+        work.log("the InternLM2 model gets its llama form")
         original = Path(shutil.move(folder, work.scratch / "internlm2"))
         folder.mkdir()
         write_llama(original, config, folder)
@@ -147,8 +149,11 @@ def _complete_folder(source: Source) -> list[Path]:
 
 def folder_files(folder: Path) -> list[Path]:
     """The files of a model folder that a stage takes: weights and texts."""
-    texts = [file for file in folder.iterdir() if file.suffix in _TEXT_SUFFIXES and not file.name.startswith(".") and file.is_file()]
-    return sorted({*texts, *weight_files(folder)})
+    return sorted({*filter(_is_text, folder.iterdir()), *weight_files(folder)})
+
+
+def _is_text(file: Path) -> bool:
+    return (file.suffix in _TEXT_SUFFIXES or file.stem in _ABOUT) and not file.name.startswith(".") and file.is_file()
 
 
 def _require_complete(folder: Path, name: str) -> None:
@@ -240,7 +245,7 @@ def _from_hub(source: Source, folder: Path, recipe: Recipe, work: Work) -> None:
     from huggingface_hub import snapshot_download
 
     work.log(f"base: downloading {source.name} from the hub")
-    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _TEXT_SUFFIXES)]
+    patterns = ["*.safetensors", *(f"*{suffix}" for suffix in _TEXT_SUFFIXES), *(f"{name}*" for name in _ABOUT)]
     try:
         snapshot_download(source.name, local_dir=folder, allow_patterns=patterns, ignore_patterns=["*/*", "consolidated*"])
     except (OSError, ValueError, httpx.HTTPError) as error:
@@ -263,7 +268,7 @@ _MAKERS: Mapping[str, Callable[[Source, Path, Recipe, Work], None]] = {
 
 STAGE = Stage(
     name="base",
-    version=1,
+    version=2,
     run=run,
     settings=settings,
     files=files,

@@ -94,16 +94,23 @@ def eos_ids(config: Json) -> list[int]:
 
 
 def license_of(folder: Path) -> str | None:
-    """The licence that the README.md of a model folder states in its YAML header, as the Hub names it; None if it states none."""
-    readme = folder / "README.md"
-    text = readme.read_text(encoding="utf-8", errors="replace") if readme.is_file() else ""
-    header = re.match(r"---\r?\n(.*?)\r?\n---", text, re.DOTALL)
+    """A model's licence as the Hub names it: from the YAML header of its README.md, or the heading of its LICENSE; None if not known."""
+    header = re.match(r"---\r?\n(.*?)\r?\n---", _text(folder / "README.md"), re.DOTALL)
     try:
         fields = yaml.safe_load(header[1]) if header else None
     except (yaml.YAMLError, ValueError, RecursionError):
-        return None
-    found = fields.get("license") if isinstance(fields, dict) else None
-    return found if isinstance(found, str) else None
+        fields = None
+    if isinstance(fields, dict) and isinstance(fields.get("license"), str):
+        return fields["license"]
+    heading = "".join(_text(file)[:200] for file in sorted(folder.glob("LICENSE*")))
+    return next((name for pattern, name in _LICENSES.items() if re.search(pattern, heading)), None)
+
+
+_LICENSES = {r"Apache License\s+Version 2\.0": "apache-2.0", r"MIT License": "mit"}
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
 
 
 def _read(file: Path) -> Json:
@@ -111,9 +118,12 @@ def _read(file: Path) -> Json:
     if not file.is_file():
         return {}
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        fields = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise DataError(f"{file}: not readable as JSON ({error}). Copy the model folder again.") from None
+    if not isinstance(fields, dict):
+        raise DataError(f"{file}: must be a mapping, is {type(fields).__name__}. Copy the model folder again.")
+    return fields
 
 
 def _with_dtype(config: Json, dtype: str) -> Json:

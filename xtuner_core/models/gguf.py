@@ -6,12 +6,14 @@ and the folder is half as large as in float32. Logits equal those of the GGUF fi
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from xtuner_core.checkpoint.hf import make_portable, save_model
+from xtuner_core.durable import write_bytes
 from xtuner_core.errors import DataError
 
 if TYPE_CHECKING:
@@ -19,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def import_gguf(gguf_file: Path, folder: Path, dtype: str = "bfloat16") -> None:
-    """Dequantise `gguf_file` into a complete Hugging Face folder (weights, config, generation config, tokenizer, chat template).
+    """Dequantise `gguf_file` into a complete Hugging Face folder (weights, config, generation config, tokenizer, chat template, licence).
 
     Raises:
         DataError: not a GGUF file, a damaged one, or an architecture transformers cannot read.
@@ -32,6 +34,8 @@ def import_gguf(gguf_file: Path, folder: Path, dtype: str = "bfloat16") -> None:
     save_model(model, folder)
     tokenizer.save_pretrained(folder)
     make_portable(folder)
+    if licence := _metadata(gguf_file, "general.license"):
+        write_bytes(folder / "README.md", f"---\nlicense: {json.dumps(licence)}\n---\n".encode())
 
 
 @contextmanager
@@ -55,7 +59,7 @@ def _load_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
     from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
     from transformers import AutoTokenizer
 
-    splitter = _pre_tokenizer_name(gguf_file)
+    splitter = _metadata(gguf_file, "tokenizer.ggml.pre")
     tokenizer = AutoTokenizer.from_pretrained(gguf_file.parent, gguf_file=gguf_file.name)
     if splitter == "smollm":
         # transformers reads every GPT-2 style vocabulary as plain GPT-2; this one was trained with each digit as a token
@@ -63,10 +67,10 @@ def _load_tokenizer(gguf_file: Path) -> PreTrainedTokenizerFast:
     return tokenizer
 
 
-def _pre_tokenizer_name(gguf_file: Path) -> str | None:
+def _metadata(gguf_file: Path, name: str) -> str | None:
     from gguf import GGUFReader
 
-    field = GGUFReader(gguf_file).fields.get("tokenizer.ggml.pre")
+    field = GGUFReader(gguf_file).fields.get(name)
     return field.contents() if field else None
 
 

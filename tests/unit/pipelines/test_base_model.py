@@ -93,6 +93,7 @@ def test_a_folder_links_its_weights_and_ignores_what_is_not_the_model(user_folde
     model = produce(recipe(user_folder))
     assert (model / "model.safetensors").readlink() == user_folder / "model.safetensors"
     names = {"chat_template.jinja", "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+    names |= {"README.md"}  # has the licence
     assert {file.name for file in model.iterdir()} == names
     assert json.loads((model / "tokenizer_config.json").read_text())["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert "TokenizersBackend" in (user_folder / "tokenizer_config.json").read_text(), "the user's folder was changed"
@@ -195,7 +196,7 @@ def test_hub_download(user_folder: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     [payload] = map(Path, done.stdout.split())
     from_hub = {str(file.relative_to(payload)): file.read_bytes() for file in payload.rglob("*") if file.is_file()}
-    wanted = [file for file in user_folder.iterdir() if file.suffix in {".json", ".jinja", ".safetensors"}]
+    wanted = [file for file in user_folder.iterdir() if file.suffix in {".json", ".jinja", ".safetensors", ".md"}]
     assert from_hub == {f"model/{file.name}": file.read_bytes() for file in wanted}
 
 
