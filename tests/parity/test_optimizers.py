@@ -12,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import two_processes
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 
 from pipelines.recipe import PROJECT
 from xtuner_core import registry
 from xtuner_core.checkpoint.store import load_whole
 from xtuner_core.config import TrainConfig
+from xtuner_core.export.checkpoint import open_checkpoint
 from xtuner_core.optim import optimizers
 from xtuner_core.optim.optimizer import make_optimizer
 from xtuner_core.optim.optimizers import muon
@@ -133,6 +136,17 @@ def test_two_processes_update_as_one_and_one_resumes_from_two(name: str, outcome
         assert found.keys() == whole.keys()
         for key, tensor in whole.items():  # fused AdamW rounds the last few numbers of a vector in another way than the ones before
             torch.testing.assert_close(found[key], tensor, rtol=1e-6, atol=1e-7, msg=lambda told, key=key: f"{key}: {told}")
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_parts_of_two_processes_are_read_as_torch_reads_them(outcome: Path) -> None:
+    for folder in sorted(outcome.glob("*/*")):
+        opened = open_checkpoint(folder)
+        loaded = {name: torch.empty(tensor.shape, dtype=tensor.dtype) for name, tensor in opened.items()}
+        reader = HuggingFaceStorageReader(str(folder / "tensors"))
+        load(loaded, storage_reader=reader, no_dist=True)
+        assert opened.keys() == reader.read_metadata().state_dict_metadata.keys()
+        assert [name for name, tensor in opened.items() if not torch.equal(tensor.read(), loaded[name])] == []
 
 
 def test_muon_gives_the_same_bits_on_two_processes(outcome: Path) -> None:

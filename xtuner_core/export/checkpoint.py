@@ -45,8 +45,9 @@ def open_checkpoint(folder: Path) -> dict[str, Lazy]:
     """
     parts: dict[str, dict[tuple[int, ...], Lazy]] = {}
     for file in sorted((folder / "tensors").glob("*.safetensors")):
+        held = open_file(file)
         offsets = _saved_offsets(file)
-        for name, tensor in open_file(file).items():
+        for name, tensor in held.items():
             parts.setdefault(name, {})[offsets[name]] = tensor
     if not parts:
         raise DataError(f"{folder}: no checkpoint of the engine; there are no tensors in it.")
@@ -100,9 +101,10 @@ def open_model(folder: Path) -> dict[str, Lazy]:
 def to_hugging_face(folder: Path, tensors: Tensors) -> dict[str, Lazy]:
     """Tensors named as in the model that the folder's config describes, by the names and in the shapes in which checkpoints are published.
 
-    Those are the ones of the folder's own weights, if it has any. Tied tensors are there once, buffers that are not kept not at all, and
-    what the model has no place for as it was; all in the order in which `save_pretrained` writes them. Experts that share a fused tensor
-    follow each other, and the one that was used last is kept: read them in this order.
+    What was done to the folder's own weights to load them is undone or, if it has none, what is usual for the model. Tied tensors are
+    there once, buffers that are not kept not at all, and what the model has no place for as it was; all in the order in which
+    `save_pretrained` writes them. Experts that share a fused tensor follow each other, and the fused one that was read last is kept:
+    read them in this order.
 
     Raises:
         DataError: the folder's config, or a weight file of its, is damaged.
@@ -214,7 +216,7 @@ def _converted(
             found[target] = members[0].tensor
             continue
         convert = partial(_convert, model, by_pattern[members[0].pattern], target, members)
-        for name, made in convert(_without_numbers).items():
+        for name, made in _outlined(target, convert).items():
             found[renamed(name)] = Lazy(tuple(made.shape), made.dtype, partial(lambda convert, name: last(convert)[name], convert, name))
     return found
 
@@ -242,8 +244,12 @@ def _convert(
     return {name: one[0] if isinstance(one, list) else one for name, one in made.items()}
 
 
-def _without_numbers(tensor: Lazy) -> torch.Tensor:
-    return torch.empty(tensor.shape, dtype=tensor.dtype, device="meta")
+def _outlined(target: str, convert: Convert) -> dict[str, torch.Tensor]:
+    """What will be made, without numbers."""
+    try:
+        return convert(lambda tensor: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta"))
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"the tensors of {target} do not fit each other: {error}. Some may be missing; copy the model again.") from None
 
 
 def _last_made() -> Callable[[Convert], dict[str, torch.Tensor]]:

@@ -109,9 +109,16 @@ def _read(shape: tuple[int, ...], dtype: torch.dtype, extents: tuple[Extent, ...
 def _mapped(extent: Extent) -> torch.Tensor:
     """A range of a file as uint8, not copied; writing to it leaves the file alone. The mapping ends with the tensor."""
     before = extent.start % mmap.ALLOCATIONGRANULARITY
-    with open(extent.file, "rb") as file:
-        pages = mmap.mmap(file.fileno(), before + extent.size, access=mmap.ACCESS_COPY, offset=extent.start - before)
+    try:
+        with open(extent.file, "rb") as file:
+            pages = mmap.mmap(file.fileno(), before + extent.size, access=mmap.ACCESS_COPY, offset=extent.start - before)
+    except ValueError:
+        raise _shorter(extent.file) from None
     return torch.frombuffer(pages, dtype=torch.uint8, count=extent.size, offset=before)
+
+
+def _shorter(file: Path) -> DataError:
+    return DataError(f"{file}: became shorter while it was read. Copy it again.")
 
 
 def _bytes(tensor: torch.Tensor) -> memoryview:
@@ -226,7 +233,7 @@ def _copy(file: BinaryIO, extent: Extent) -> None:
         while start < end:
             copied = _copy_some(file, source, start, end - start)
             if not copied:
-                raise DataError(f"{extent.file}: became shorter while it was read.")
+                raise _shorter(extent.file)
             start += copied
 
 
