@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipelines.base_model import describe, folder_files, take_folder
+from pipelines.base_model import describe, folder_files, give_known_form, take_folder
 from pipelines.recipe import Recipe, resolve_path
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core.checkpoint.hf import complaint
@@ -27,6 +27,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     folder = work.payload / "model"
     folder.mkdir()
     take_folder(_folder(recipe), folder)
+    give_known_form(folder, work)
     require_usable(folder)
     return describe(folder)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.bootstrap import RESAMPLES, interval, mcnemar
 from pipelines.gate import judge, require_possible
-from pipelines.model_card import card, shown_recipe
+from pipelines.model_card import CONTENDERS, card, shown_recipe
 from pipelines.recipe import EvalConfig, Recipe
 from pipelines.stage import Metrics, Stage, Work
 from pipelines.suites import chosen
@@ -24,7 +24,6 @@ from pipelines.verdict_report import report
 from xtuner_core.durable import write_bytes, write_json
 from xtuner_core.errors import DataError
 
-ROLES = ("base", "production", "tuned")
 _DIGITS = 9
 """Of figures in the payload: the last bits of a sum differ between processors."""
 
@@ -38,7 +37,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     Raises:
         DataError: the evaluations are not of the same samples.
     """
-    scores = {role: _read(work.inputs[role] / "scores.json")["datasets"] for role in ROLES if role in work.inputs}
+    scores = {role: _read(work.inputs[role] / "scores.json")["datasets"] for role in CONTENDERS if role in work.inputs}
     verdict = compare(scores, recipe.eval)
     write_json(work.payload / "scores.json", verdict)
     write_bytes(work.payload / "report.md", report(verdict).encode())
