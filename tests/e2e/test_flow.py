@@ -36,6 +36,9 @@ INTERRUPTED = """
 import os, signal, time
 from contextlib import contextmanager
 
+def unavailable():
+    return None
+
 @contextmanager
 def serve(request, log_file, log):
     os.kill(os.getpid(), signal.SIGINT)
