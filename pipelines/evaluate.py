@@ -6,18 +6,27 @@ record/<evaluator>/     the evaluator's own settings, logs and summary
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from urllib.parse import urldefrag
 
-from pipelines import evaluators
-from pipelines.evaluators import METRICS, OTHER, DatasetScore
+from pipelines import chatters, evaluators
+from pipelines.chatters import Endpoint, Request
+from pipelines.evaluators import METRICS, OTHER, DatasetScore, Kind
 from pipelines.recipe import EvalDataset, Recipe
 from pipelines.stage import Metrics, Stage, Work
 from pipelines.suites import Chosen, chosen
 from xtuner_core import registry
 from xtuner_core.durable import write_json
 from xtuner_core.errors import DataError, RecipeError
+
+IN_PROCESS, SERVED = "in_process", "served"
+KEY = "OPENAI_API_KEY"
+"""The environment variable with the key of a server at a URL."""
 
 
 def run(recipe: Recipe, work: Work) -> Metrics:
@@ -28,16 +37,42 @@ def run(recipe: Recipe, work: Work) -> Metrics:
         DataError: bad held-out data, or an evaluator failed.
         StorageError: an evaluator's environment cannot be built.
     """
-    asked, found = chosen(recipe.eval), {}
-    for name, datasets in _by_evaluator(asked).items():
-        folder = work.record / name
-        folder.mkdir()
-        found |= _module(name).evaluate(work.inputs["model"] / "model", datasets, recipe.eval, None, folder, work.log)
+    asked, model_dir, found = chosen(recipe.eval), work.inputs["model"] / "model", {}
+    with _endpoint(recipe, model_dir, work) as endpoint:
+        for name, datasets in _by_evaluator(asked).items():
+            folder = work.record / name
+            folder.mkdir()
+            found |= _module(name).evaluate(model_dir, datasets, recipe.eval, endpoint, folder, work.log)
     scores = {one.dataset.name: found[one.dataset.name] for one in asked}
     write_json(work.payload / "scores.json", {"datasets": {one.dataset.name: _as_json(one, scores[one.dataset.name]) for one in asked}})
     for name, score in scores.items():
         work.log(f"{name}: {told(score)}")
     return {"scores": {name: score.value for name, score in scores.items()}}
+
+
+@contextmanager
+def _endpoint(recipe: Recipe, model_dir: Path, work: Work) -> Iterator[Endpoint | None]:
+    """Where the model is served while it is judged; None if nothing asks a server.
+
+    At a URL the model is asked for by its folder, as `transformers serve` loads models, unless the URL ends in #NAME.
+    """
+    if not _asks_server(recipe):
+        yield None
+    elif recipe.eval.engine == SERVED:
+        request = Request(model_dir, start_timeout=recipe.chat.start_timeout, url=recipe.chat.url)
+        with chatters.choose(recipe.chat.chatter).serve(request, work.record / "server.log", work.log) as endpoint:
+            yield endpoint
+    else:
+        url, name = urldefrag(recipe.eval.engine)
+        yield Endpoint(url.rstrip("/"), name or str(model_dir.resolve()), os.environ.get(KEY, "none"))
+
+
+def _asks_server(recipe: Recipe) -> bool:
+    """RecipeError if the engine is none."""
+    engine = recipe.eval.engine
+    if engine not in (IN_PROCESS, SERVED) and not engine.startswith(("http://", "https://")):
+        raise RecipeError(f"eval.engine: {engine!r} is neither {IN_PROCESS}, {SERVED} nor the URL of an OpenAI API.")
+    return engine != IN_PROCESS and any(_kind(one.dataset).served for one in chosen(recipe.eval))
 
 
 def told(score: DatasetScore) -> str:
@@ -79,6 +114,10 @@ def offered() -> dict[str, str]:
     return {kind: name for name in registry.names(evaluators) for kind in _module(name).KINDS}
 
 
+def _kind(dataset: EvalDataset) -> Kind:
+    return _module(offered()[dataset.kind]).KINDS[dataset.kind]
+
+
 def _module(name: str) -> ModuleType:
     return registry.find(evaluators, name)
 
@@ -98,7 +137,9 @@ def _by_evaluator(asked: tuple[Chosen, ...]) -> dict[str, list[EvalDataset]]:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides the answers; not the files' paths (their contents count) and not the timeout."""
     asked = chosen(recipe.eval)
+    engine = {"engine": recipe.eval.engine} | ({"chatter": recipe.chat.chatter} if recipe.eval.engine == SERVED else {})
     return {
+        **(engine if _asks_server(recipe) else {}),
         "datasets": [one.dataset.model_dump(exclude={"path"}) | {"suite": one.suite} for one in asked],
         "versions": {name: _module(name).versions() for name in _by_evaluator(asked)},
         "batch_size": recipe.eval.batch_size,
@@ -115,13 +156,14 @@ def files(recipe: Recipe) -> list[Path]:
     """
     asked = chosen(recipe.eval)
     _by_evaluator(asked)
+    _asks_server(recipe)
     return [file for one in asked for file in _files(one.dataset)]
 
 
 def _files(dataset: EvalDataset) -> list[Path]:
     """A folder means all files in it."""
     if dataset.path is None:
-        if _module(offered()[dataset.kind]).KINDS[dataset.kind].needs_path:
+        if _kind(dataset).needs_path:
             raise RecipeError(f"data set {dataset.name}: kind {dataset.kind} needs a path to its samples.")
         return []
     path = Path(dataset.path)

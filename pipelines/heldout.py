@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipelines.questions import values
 from xtuner_core.data.conversation import ROLES
 from xtuner_core.errors import DataError
 
@@ -28,19 +29,32 @@ class HeldOut:
 
 
 def read_heldout(path: Path) -> list[HeldOut]:
-    """Every conversation of the file; a line holds `{"messages": [...]}` or the bare list, blank lines are skipped.
+    """Every conversation of the file; a line holds `{"messages": [...]}`, the bare list, or `question` and `answer`, as does a .csv file.
+
+    Blank lines are skipped.
 
     Raises:
         DataError: no such file, no conversation in it, or a bad line (names file, line and reason).
     """
+    found = [_of_row(value, place) for place, value in values(path)] if path.suffix == ".csv" else _of_lines(path)
+    if not found:
+        raise DataError(f"{path}: holds no conversation; write one JSON conversation a line.")
+    return found
+
+
+def _of_lines(path: Path) -> list[HeldOut]:
     try:
         lines = path.read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
     except OSError as error:
         raise DataError(f"{path}: held-out conversations cannot be read: {error.strerror}. Check the path in the recipe.") from None
-    found = [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
-    if not found:
-        raise DataError(f"{path}: holds no conversation; write one JSON conversation a line.")
-    return found
+    return [_parse(line, path, number) for number, line in enumerate(lines, start=1) if line.strip()]
+
+
+def _of_row(value: Any, place: str) -> HeldOut:
+    try:
+        return _cut(_messages(value), int(place.rpartition(":")[2]))
+    except _Unusable as reason:
+        raise DataError(f"{place}: {reason}. Correct or remove it.") from None
 
 
 def _parse(line: bytes, path: Path, number: int) -> HeldOut:
@@ -58,9 +72,11 @@ def _parse(line: bytes, path: Path, number: int) -> HeldOut:
 
 
 def _messages(row: Any) -> list[dict[str, str]]:
+    if isinstance(row, dict) and "messages" not in row and {"question", "answer"} <= row.keys():
+        row = [{"role": "user", "content": row["question"]}, {"role": "assistant", "content": row["answer"]}]
     turns = row.get("messages") if isinstance(row, dict) else row
     if not isinstance(turns, list):
-        raise _Unusable('holds no list of messages; write {"messages": [{"role": ..., "content": ...}, ...]}')
+        raise _Unusable('holds no list of messages; write {"messages": [{"role": ..., "content": ...}, ...]}, or question and answer')
     return [_message(turn, index) for index, turn in enumerate(turns)]
 
 

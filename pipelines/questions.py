@@ -68,7 +68,7 @@ def read_measured(path: Path) -> list[Measured]:
 
 def _read(path: Path, parse: Callable[[Any, str], Parsed]) -> list[Parsed]:
     found = []
-    for place, value in _values(path):
+    for place, value in values(path):
         try:
             found.append(parse(value, place))
         except Rejected as reason:
@@ -78,7 +78,12 @@ def _read(path: Path, parse: Callable[[Any, str], Parsed]) -> list[Parsed]:
     return found
 
 
-def _values(path: Path) -> Iterator[tuple[str, Any]]:
+def values(path: Path) -> Iterator[tuple[str, Any]]:
+    """Where each row of a file stands (`file:line`), and what it holds.
+
+    Raises:
+        DataError: the file or one of its rows is unreadable.
+    """
     try:
         for part in parts_of(path, WHOLE):
             for row in rows(part):

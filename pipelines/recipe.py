@@ -42,9 +42,9 @@ class ConvertConfig(Config):
 class EvalDataset(Config):
     """One set of held-out samples, and how they are asked."""
 
-    name: str = Field(pattern=r"^[a-z0-9_]+$", description="Name in the scores; of kind collection, OpenCompass' own name of the set.")
+    name: str = Field(pattern=r"^[A-Za-z0-9_]+$", description="Name in the scores; of kind collection, OpenCompass' own name of the set.")
     kind: str = Field(default="qa", description="How it is asked and counted; the evaluators offer the kinds.")
-    path: str | None = Field(default=None, description="The samples; a kind that brings its own needs none.")
+    path: str | None = Field(default=None, description="The samples; of kind collection, the folder that holds OpenCompass' data.")
     max_out_len: int = Field(default=16, ge=1, description="Tokens the model may answer with.")
 
 

@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 
-from pipelines import evaluate
+from pipelines import chatters, evaluate
+from pipelines.chatters import Request
+from pipelines.environments import ensure
 from pipelines.evaluators import opencompass
+from pipelines.opencompass import collection
 from pipelines.recipe import EvalConfig, EvalDataset, Recipe, load_recipe
 from pipelines.stage import Work
-from xtuner_core.errors import DataError
+from xtuner_core.errors import DataError, RecipeError
 
 pytestmark = pytest.mark.slow
 
@@ -51,14 +54,49 @@ def _scores(work: Work) -> dict[str, Any]:
     return json.loads((work.payload / "scores.json").read_text(encoding="utf-8"))["datasets"]
 
 
-def test_the_model_s_own_answers_score_and_others_do_not(tmp_path: Path, tiny_model_folder: Path) -> None:
+CHOICES = [
+    {"question": "Which animal barks?", "A": "a dog", "B": "braces {A} {held_out_b} %s", "C": "a fish", "answer": "A"},
+    {"question": "Zażółć 🙂?", "A": "tak", "B": "nie", "C": "może", "answer": "C"},
+    {"question": "Hot?", "A": "ice", "B": "fire\nand smoke", "C": " snow", "answer": "B"},
+]
+STEMS = [("Which is a fruit?", ["apple", "stone", "car", "lamp"], "A"), ("Which can fly?", ["rock", "bird", "shoe", "lamp"], "B")]
+
+
+def _choices(path: Path, kind: str) -> EvalDataset:
+    path.write_text("".join(json.dumps(row) + "\n" for row in CHOICES), encoding="utf-8")
+    return EvalDataset(name=path.stem, kind=kind, path=str(path), max_out_len=8)
+
+
+def _collection(folder: Path) -> EvalDataset:
+    """Two questions in the form and at the place where OpenCompass looks for ARC-Challenge."""
+    file = folder / "data" / "ARC" / "ARC-c" / "ARC-Challenge-Dev.jsonl"
+    file.parent.mkdir(parents=True)
+    rows = [
+        {"question": {"stem": stem, "choices": [{"text": t, "label": n} for t, n in zip(texts, "ABCD", strict=True)]}, "answerKey": answer}
+        for stem, texts, answer in STEMS
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return EvalDataset(name="ARC_c_ppl", kind="collection", path=str(folder))
+
+
+def test_all_kinds_are_asked_in_one_run_and_the_model_s_own_answers_score(tmp_path: Path, tiny_model_folder: Path) -> None:
     first = _work(tmp_path / "first", tiny_model_folder)
     nobody_says = ["\u2603" * 40] * len(QUESTIONS)
-    metrics = evaluate.run(_recipe(_write(tmp_path / "few.jsonl", nobody_says), _write(tmp_path / "more.jsonl", nobody_says)), first)
-    assert metrics == {"scores": {"few": 0.0, "more": 0.0}}
-    samples = {name: score["samples"] for name, score in _scores(first).items()}
+    own = [_write(tmp_path / f"{name}.jsonl", nobody_says) for name in ("few", "more")]
+    choices = [_choices(tmp_path / f"{kind}.jsonl", kind) for kind in ("mcq", "ppl")]
+    metrics = evaluate.run(_recipe(*own, *choices, _collection(tmp_path / "opencompass")), first)
+    scores = _scores(first)
+    samples = {name: score["samples"] for name, score in scores.items()}
+    assert len(list((first.record / "opencompass" / "out").iterdir())) == 1
+    assert (metrics["scores"]["few"], metrics["scores"]["more"]) == (0.0, 0.0)
     assert [sample["question"] for sample in samples["few"]] == list(QUESTIONS)
     assert [one["answer"] != two["answer"] for one, two in zip(samples["few"], samples["more"], strict=True)].count(True) >= 1
+    for name in ("mcq", "ppl"):
+        assert [(one["question"], one["expected"]) for one in samples[name]] == [(row["question"], row["answer"]) for row in CHOICES]
+        assert metrics["scores"][name] == pytest.approx(100 * sum(one["score"] for one in samples[name]) / 3)
+    assert {one["answer"] for one in samples["ppl"]} <= {"A", "B", "C"}
+    assert [one["expected"] for one in samples["ARC_c_ppl"]] == ["A", "B"]
+    assert all(stem in one["question"] for (stem, _, _), one in zip(STEMS, samples["ARC_c_ppl"], strict=True))
 
     answers = [sample["answer"] for sample in samples["more"]]
     second = _work(tmp_path / "second", tiny_model_folder)
@@ -66,6 +104,36 @@ def test_the_model_s_own_answers_score_and_others_do_not(tmp_path: Path, tiny_mo
     assert [sample["answer"] for sample in _scores(second)["more"]["samples"]] == answers
     assert str(tmp_path) not in (second.payload / "scores.json").read_text(encoding="utf-8")
     assert [path.name for path in second.payload.iterdir()] == ["scores.json"]
+
+
+def test_a_served_model_is_asked_by_its_url(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sesame")
+    datasets = (_write(tmp_path / "few.jsonl", ["x"] * len(QUESTIONS)), _choices(tmp_path / "mcq.jsonl", "mcq"))
+    recipe = _recipe(*datasets)
+    server = chatters.choose("transformers").serve(Request(tiny_model_folder), tmp_path / "server.log", print)
+    work = _work(tmp_path / "work", tiny_model_folder)
+    with server as endpoint:
+        config = recipe.eval.model_copy(update={"engine": f"{endpoint.base_url}#{endpoint.model}", "limit": 3})
+        metrics = evaluate.run(recipe.model_copy(update={"eval": config}), work)
+    assert metrics["scores"].keys() == {"few", "mcq"}
+    samples = {name: score["samples"] for name, score in _scores(work).items()}
+    assert [sample["question"] for sample in samples["few"]] == list(QUESTIONS[:3])
+    assert any(sample["answer"] for sample in samples["few"])
+    assert "POST /v1/chat/completions" in (tmp_path / "server.log").read_text()
+    kept = [path for path in work.record.rglob("*") if path.is_file() and path.suffix in (".json", ".log", ".py")]
+    assert kept and not any("sesame" in path.read_text(encoding="utf-8", errors="replace") for path in kept)
+
+
+def test_a_data_set_that_opencompass_lacks_or_whose_data_is_not_there(tmp_path: Path) -> None:
+    python = ensure("opencompass", print)
+
+    def resolve(name: str) -> None:
+        collection.resolve(python, [name], None, tmp_path, tmp_path, 300, print)
+
+    with pytest.raises(RecipeError, match=r"data set gsm8k_gen_x: OpenCompass has no configuration .* gsm8k_gen"):
+        resolve("gsm8k_gen_x")
+    with pytest.raises(DataError, match=rf"data set gsm8k_gen: its data is not at {tmp_path}/\./data/gsm8k.*nothing is downloaded"):
+        resolve("gsm8k_gen")
 
 
 def test_a_model_that_cannot_be_loaded_fails_loudly(tmp_path: Path, tiny_model_folder: Path) -> None:

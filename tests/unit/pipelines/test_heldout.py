@@ -79,3 +79,14 @@ def test_missing_and_empty_files_are_named(tmp_path: Path) -> None:
         read_heldout(tmp_path / "gone.jsonl")
     with pytest.raises(DataError, match="holds no conversation"):
         read_heldout(_file(tmp_path, "", " "))
+
+
+def test_question_and_answer_are_a_conversation_in_lines_and_tables(tmp_path: Path) -> None:
+    table = tmp_path / "heldout.csv"
+    table.write_text('question,answer\n"Where, then?",here\n', encoding="utf-8")
+    asked = {"role": "user", "content": "Where, then?"}
+    assert read_heldout(table) == [HeldOut((asked,), "here", 2)]
+    assert read_heldout(_file(tmp_path, '{"question": "Where, then?", "answer": "here"}')) == [HeldOut((asked,), "here", 1)]
+    table.write_text("question,reply\nWhere?,here\n", encoding="utf-8")
+    with pytest.raises(DataError, match=r"heldout\.csv:2: holds no list of messages; .* or question and answer"):
+        read_heldout(table)
