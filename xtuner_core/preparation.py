@@ -42,7 +42,7 @@ def prepare_run(run: RunConfig, processes: int, say: Log) -> SftConfig | None:
         if work.is_complete(folder, run.train, run.seed):
             return None
     data = pack(run, plan, prepared, say)
-    work.write_facts(folder, facts)
+    work.write_facts(folder, {**facts, "model_dir": str(folders.model)})  # only found by it: a model that moved is the same
     remove(folder / "outcome.json")  # an earlier attempt's
     config = SftConfig(
         model_dir=folders.model, data_dir=data, tokenizer_dir=folders.tokenizer, work_dir=folder, seed=run.seed, train=run.train

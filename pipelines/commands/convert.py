@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     import torch
 
 DType = Literal["float32", "bfloat16", "float16"]
+GgufType = Literal["f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0"]
 ShardSize = Annotated[str, Parameter(help="Weights are cut into files of at most this size.")]
 
 app = App(name="convert", group=STAGES, help="Trained weights → adapter and merged Hugging Face folder, verified; and other conversions.")
@@ -102,4 +103,143 @@ def llama_to_internlm2(source: Path, target: Path, *, max_shard_size: ShardSize 
     from xtuner_core.export.internlm2 import from_llama
 
     from_llama(source, target, max_shard_size)
+    print(target)
+
+
+@app.command
+def merge(
+    base: Path,
+    *folders: Path,
+    weight: Annotated[tuple[float, ...], Parameter(negative=())] = (),
+    dtype: DType | None = None,
+    max_shard_size: ShardSize = "5GB",
+    quantized_base: Literal["auto", "nf4", "none"] = "auto",
+) -> None:
+    """Adapters in peft's form become part of their model: BASE ADAPTER [ADAPTER ...] TARGET.
+
+    Parameters
+    ----------
+    base
+        Folder of the model.
+    folders
+        The adapters, and last the folder to be made.
+    weight
+        What the change that an adapter makes is multiplied with, one for each adapter in their order; 1 if not given.
+    dtype
+        Type of the weights; without it each is stored as the base has it.
+    quantized_base
+        nf4: the base is quantized to 4 bits and de-quantized again first, as an adapter of method qlora saw it; auto: for such adapters.
+    """
+    from xtuner_core.export.merge import merge
+
+    if len(folders) < 2:
+        raise RecipeError("convert merge takes the model's folder, one adapter or more, and the folder to be made.")
+    *adapters, target = folders
+    if weight and len(weight) != len(adapters):
+        raise RecipeError(f"convert merge: {len(weight)} --weight for {len(adapters)} adapters; give one for each, or none.")
+    merge(
+        base,
+        list(zip(adapters, weight or [1.0] * len(adapters), strict=True)),
+        target,
+        _torch_dtype(dtype),
+        max_shard_size,
+        quantized_base,
+        print,
+    )
+    print(target)
+
+
+@app.command
+def adapter(source: Path, target: Path, *, base: Path | None = None) -> None:
+    """What a LoRA, DoRA or QLoRA run of the engine trained → adapter in peft's form.
+
+    Parameters
+    ----------
+    source
+        The run's work directory, or one of its checkpoints.
+    target
+        The folder to be made.
+    base
+        Folder of the model that was trained, if it is not where the run found it.
+    """
+    from xtuner_core.export.run import open_trained, write_adapter
+
+    write_adapter(open_trained(source, base), target)
+    print(target)
+
+
+@app.command(name=("to_hf", "to-hf"))
+def to_hf(
+    source: Path,
+    target: Path,
+    *,
+    base: Path | None = None,
+    merge: bool = False,
+    dtype: DType | None = None,
+    max_shard_size: ShardSize = "5GB",
+) -> None:
+    """What a run of the engine trained → Hugging Face folder; of LoRA, DoRA and QLoRA the adapter, or with --merge the whole model.
+
+    Parameters
+    ----------
+    source
+        The run's work directory, or one of its checkpoints.
+    target
+        The folder to be made.
+    base
+        Folder of the model that was trained, if it is not where the run found it.
+    merge
+        Make the adapter part of the model.
+    dtype
+        Type of the weights; without it each is stored as the base has it.
+    """
+    from xtuner_core.export.run import open_trained, write_adapter, write_model
+
+    trained = open_trained(source, base)
+    if trained.save_adapter and not merge:
+        write_adapter(trained, target)
+    else:
+        write_model(trained, target, _torch_dtype(dtype), max_shard_size, print)
+    print(target)
+
+
+@app.command(name=("to_gguf", "to-gguf"))
+def to_gguf(source: Path, target: Path, *, type: GgufType = "bf16") -> None:
+    """A Hugging Face folder → a GGUF file, for llama.cpp and what is built on it.
+
+    Parameters
+    ----------
+    source
+        Model folder.
+    target
+        The .gguf file to be made.
+    type
+        Type of the matrices.
+    """
+    from xtuner_core.export.gguf import export_gguf
+
+    export_gguf(source, target, type)
+    print(target)
+
+
+@app.command(name=("from_gguf", "from-gguf"))
+def from_gguf(source: Path, target: Path, *, dtype: DType = "bfloat16") -> None:
+    """A GGUF file → Hugging Face folder, its weights de-quantized.
+
+    Parameters
+    ----------
+    source
+        The .gguf file.
+    target
+        The folder to be made.
+    dtype
+        Type of the weights.
+    """
+    from xtuner_core.durable import drafted
+    from xtuner_core.models.gguf import import_gguf
+
+    if not source.is_file():
+        raise RecipeError(f"{source}: there is no such file.")
+    with drafted(target) as draft:
+        import_gguf(source, draft, dtype)
     print(target)

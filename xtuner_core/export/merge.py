@@ -64,7 +64,7 @@ def merge(
     for adapter, _ in opened:
         if (named := adapter.config.base_model_name_or_path) and Path(named).name != base.name:
             say(f"note: {adapter.folder} says that it was trained on {named}")
-    tensors = _published(base, opened, dtype, quantized_base, say)
+    tensors = published(base, opened, dtype, quantized_base, say)
     with drafted(folder) as draft:
         draft.mkdir()
         with shown(sum(tensor.bytes for tensor in tensors.values())) as wrote:
@@ -74,8 +74,8 @@ def merge(
             write_json(draft / "config.json", {**read_config(draft / "config.json"), "tie_word_embeddings": False})
 
 
-def _published(base: Path, adapters: Weighted, dtype: torch.dtype | None, quantized: str, say: Callable[[str], None]) -> dict[str, Lazy]:
-    """The tensors of the merged folder. What does not change is the stored tensor itself, which is copied without being looked at."""
+def published(base: Path, adapters: Weighted, dtype: torch.dtype | None, quantized: str, say: Callable[[str], None]) -> dict[str, Lazy]:
+    """The tensors of the merged folder; reading one that holds NaN or infinity fails (for other arguments and errors see `merge`)."""
     stored, model = open_folder(base), open_model(base)
     seen = _seen_in_training(model, base, [adapter for adapter, _ in adapters], quantized, say)
     new = to_hugging_face(base, {**seen, **changes({**model, **seen}, base, adapters)})
@@ -85,9 +85,8 @@ def _published(base: Path, adapters: Weighted, dtype: torch.dtype | None, quanti
         own = stored[name].dtype if name in stored else usual
         return dtype if dtype and own.is_floating_point else own
 
-    kept = {name: tensor for name, tensor in stored.items() if name not in new}
-    rounded = {name: tensor.to(kind(name)) for name, tensor in (kept | new).items()}
-    return rounded | finite({name: tensor for name, tensor in rounded.items() if tensor is not kept.get(name)})
+    every = {name: tensor for name, tensor in stored.items() if name not in new} | new
+    return finite({name: tensor.to(kind(name)) for name, tensor in every.items()})
 
 
 def _seen_in_training(
@@ -188,7 +187,9 @@ def _told_by_peft(folder: Path) -> Iterator[None]:
         yield
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise DataError(f"{folder}: peft cannot put this adapter into the base: {reason} Give the base it was trained on.") from None
+        raise DataError(
+            f"{folder}: peft cannot put this adapter into the base: {reason.rstrip('.')}. Give the base it was trained on."
+        ) from None
 
 
 def _require_fit(folder: Path, peft: _Unfilled, name: str, given: set[str]) -> None:
