@@ -55,6 +55,21 @@ def list_cfg(*, pattern: Annotated[str, Parameter(name=["--pattern", "-p"])] = "
             print(f"{name}\n    {load_recipe(name).description}")
 
 
+@app.command(name="list-suites")
+def list_suites() -> None:
+    """List the shipped suites of data sets, and the kinds of data set that a suite or a recipe may name."""
+    from pipelines.evaluate import kinds
+    from pipelines.suites import load_suite, shipped_names
+
+    for name in shipped_names():
+        suite = load_suite(name)
+        print(f"{name}\n    {suite.description}")
+        print(*(f"    {dataset.name} ({dataset.kind})" for dataset in suite.datasets), sep="\n")
+    print("\nkinds")
+    for name, kind in sorted(kinds().items()):
+        print(f"    {name:<12} {kind.about}")
+
+
 @app.command(name="copy-cfg")
 def copy_cfg(name: str, folder: Path) -> None:
     """Copy a shipped recipe to FOLDER/NAME_copy.yaml, to change it there."""

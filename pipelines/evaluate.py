@@ -72,7 +72,7 @@ def _asks_server(recipe: Recipe) -> bool:
     engine = recipe.eval.engine
     if engine not in (IN_PROCESS, SERVED) and not engine.startswith(("http://", "https://")):
         raise RecipeError(f"eval.engine: {engine!r} is neither {IN_PROCESS}, {SERVED} nor the URL of an OpenAI API.")
-    return engine != IN_PROCESS and any(_kind(one.dataset).served for one in chosen(recipe.eval))
+    return engine != IN_PROCESS and any(kinds()[one.dataset.kind].served for one in chosen(recipe.eval))
 
 
 def told(score: DatasetScore) -> str:
@@ -109,13 +109,9 @@ def _as_json(one: Chosen, score: DatasetScore) -> dict[str, Any]:
     }
 
 
-def offered() -> dict[str, str]:
-    """Kind of data set → the evaluator that has it."""
-    return {kind: name for name in registry.names(evaluators) for kind in _module(name).KINDS}
-
-
-def _kind(dataset: EvalDataset) -> Kind:
-    return _module(offered()[dataset.kind]).KINDS[dataset.kind]
+def kinds() -> dict[str, Kind]:
+    """Every kind of data set."""
+    return {kind: about for name in registry.names(evaluators) for kind, about in _module(name).KINDS.items()}
 
 
 def _module(name: str) -> ModuleType:
@@ -124,7 +120,7 @@ def _module(name: str) -> ModuleType:
 
 def _by_evaluator(asked: tuple[Chosen, ...]) -> dict[str, list[EvalDataset]]:
     """RecipeError if no evaluator has a kind."""
-    known = offered()
+    known = {kind: name for name in registry.names(evaluators) for kind in _module(name).KINDS}
     found: dict[str, list[EvalDataset]] = {}
     for one in asked:
         kind = one.dataset.kind
@@ -163,7 +159,7 @@ def files(recipe: Recipe) -> list[Path]:
 def _files(dataset: EvalDataset) -> list[Path]:
     """A folder means all files in it."""
     if dataset.path is None:
-        if _kind(dataset).needs_path:
+        if kinds()[dataset.kind].needs_path:
             raise RecipeError(f"data set {dataset.name}: kind {dataset.kind} needs a path to its samples.")
         return []
     path = Path(dataset.path)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from pipelines import evaluate
+from pipelines.cli import list_suites
 from pipelines.pipeline import check
 from pipelines.recipe import PROJECT, EvalConfig, load_recipe
 from pipelines.suites import chosen, load_suite, shipped_names
@@ -73,3 +74,29 @@ def test_the_key_holds_what_decides_the_answers_and_no_path(tmp_path: Path) -> N
     assert [one["suite"] for one in settings["datasets"]] == ["general", "general", None]
     assert str(PROJECT) not in str(settings)
     assert evaluate.STAGE.settings(load_recipe(TINY, ["eval.suites=[general]", "train.lr=1.0e-4", "eval.timeout=99"])) == settings
+
+
+def test_a_suite_is_added_by_adding_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    _suite(tmp_path, "datasets: [{name: mine, path: data/tickets/heldout.jsonl}]")
+    monkeypatch.setattr("pipelines.suites.SHIPPED", tmp_path)
+    (dataset,) = load_suite("mine").datasets
+    assert dataset.name == "mine"
+
+
+@pytest.mark.parametrize("engine", ["in-process", "localhost:8000", "ftp://x"])
+def test_an_engine_that_is_none_is_told(engine: str) -> None:
+    with pytest.raises(RecipeError, match=r"eval\.engine: .* is neither in_process, served nor the URL of an OpenAI API"):
+        check(load_recipe(TINY, [f"eval.engine={engine}"]))
+
+
+def test_the_engine_counts_only_for_what_is_asked_of_it() -> None:
+    asked, measured = load_recipe(TINY, ["eval.engine=served"]), ["eval.datasets=[]", "eval.suites=[general]"]
+    assert evaluate.STAGE.settings(asked)["engine"] == "served"
+    served, within = (evaluate.STAGE.settings(load_recipe(TINY, [*measured, *more])) for more in (["eval.engine=served"], []))
+    assert served == within
+
+
+def test_the_list_names_suites_and_kinds(capsys: pytest.CaptureFixture[str]) -> None:
+    list_suites()
+    told = capsys.readouterr().out
+    assert all(word in told for word in (*shipped_names(), "general_questions (choice)", *evaluate.kinds()))
