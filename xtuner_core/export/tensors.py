@@ -101,9 +101,18 @@ def _read(shape: tuple[int, ...], dtype: torch.dtype, extents: tuple[Extent, ...
     whole = torch.empty(shape, dtype=dtype)
     view, end = _bytes(whole), 0
     for part in parts:
-        view[end : end + part.size] = _bytes(_mapped(part))
+        _read_into(view[end : end + part.size], part)
         end += part.size
     return whole
+
+
+def _read_into(view: memoryview, extent: Extent) -> None:
+    with open(extent.file, "rb", buffering=0) as file:
+        file.seek(extent.start)
+        while view:
+            if not (count := file.readinto(view)):
+                raise _shorter(extent.file)
+            view = view[count:]
 
 
 def _mapped(extent: Extent) -> torch.Tensor:
