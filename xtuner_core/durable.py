@@ -78,6 +78,8 @@ def drafted(target: Path) -> Iterator[Path]:
         if draft.is_dir():
             publish(draft, target)
         else:
+            with open(draft, "rb") as file:
+                os.fsync(file.fileno())
             os.replace(draft, target)
             sync_directory(target.parent)
     finally:

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from xtuner_core.checkpoint.hf import copy_texts
+from xtuner_core.checkpoint.hf import copy_texts, require_whole
 from xtuner_core.durable import drafted, write_json
 from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.export import torch_files
@@ -110,6 +110,7 @@ def from_llama(source: Path, target: Path, max_shard_size: str) -> None:
         DataError: its files are damaged, or not the tensors of its config.
     """
     config = _require(source, "llama")
+    require_whole(source)
     require_own_tensors(source)
     with drafted(target) as draft:
         draft.mkdir()
