@@ -16,7 +16,7 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -96,7 +96,7 @@ class Store:
             "version": stage.version,
             "settings": stage.settings(recipe),
             "inputs": {name: artifact.digest for name, artifact in inputs.items()},
-            "files": [self.file_digest(path) for path in stage.files(recipe)],
+            "files": self.file_digests(stage.files(recipe)),
             "libraries": {name: library_version(name) for name in stage.libraries},
         }
 
@@ -148,15 +148,21 @@ class Store:
 
     def file_digest(self, path: Path) -> str:
         """sha256 of a file outside the store, remembered for as long as its size and time stamp stay."""
-        status = path.stat()
-        stamp = [status.st_size, status.st_mtime_ns]
+        return self.file_digests([path])[0]
+
+    def file_digests(self, paths: Sequence[Path]) -> list[str]:
+        """The same of many, written down once."""
         known = self._known_digests
-        entry = known.get(str(path))
-        if entry is None or entry[:2] != stamp:
-            known[str(path)] = entry = [*stamp, sha256(path)]
+        changed = False
+        for path in paths:
+            status = path.stat()
+            stamp = [status.st_size, status.st_mtime_ns]
+            if known.get(str(path), [])[:2] != stamp:
+                known[str(path)], changed = [*stamp, sha256(path)], True
+        if changed:
             self.root.mkdir(parents=True, exist_ok=True)
             write_json(self.root / ".digests.json", known)
-        return entry[2]
+        return [known[str(path)][2] for path in paths]
 
     @cached_property
     def _known_digests(self) -> dict[str, list[Any]]:
@@ -221,7 +227,7 @@ class Store:
 
     def _require_unchanged(self, files: list[Path], digests: list[str]) -> None:
         """The key was made from the files' old bytes: an artifact of their new ones must not get that name."""
-        if [self.file_digest(path) for path in files] != digests:
+        if self.file_digests(files) != digests:
             raise DataError(f"one of {', '.join(map(str, files[:5]))} changed while it was read. Run the same command again.")
 
 

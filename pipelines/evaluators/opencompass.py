@@ -17,7 +17,7 @@ from pipelines.opencompass import collection, own_sets, process
 from pipelines.opencompass.models import BASE, CHAT, bare_tokenizer, context_length, in_process, served
 from pipelines.recipe import EvalConfig, EvalDataset
 from pipelines.stage import Log
-from xtuner_core.durable import write_json
+from xtuner_core.durable import remove, write_json
 
 KINDS = {
     "qa": Kind("conversations, or columns question and answer; the share of answers that equal the expected text", served=True),
@@ -62,6 +62,7 @@ def evaluate(
     endpoint = endpoint if described[CHAT] else None
     write_json(work / "config.json", experiment(model_dir, endpoint, described, context, config.batch_size, work))
     process.run(python, work, endpoint, data, config.timeout, log)
+    remove(work / "tokenizer")
     scores = {name: own_sets.score(work, own[name], questions) for name, questions in asked.items()}
     return scores | {name: collection.score(work, [part for part in parts if part.name == name]) for name in names}
 

@@ -35,6 +35,8 @@ class Asked:
     prompts: Mapping[str, str]
     gold: str
     place: str
+    letters: str = ""
+    """Of its choices, if it has any."""
 
 
 def read(dataset: EvalDataset, limit: int | None) -> list[Asked]:
@@ -79,7 +81,9 @@ def _multiple_choice(one: ChoiceQuestion) -> Asked:
     *letters, last = one.choices
     listed = "".join(f"\n{letter}. {text}" for letter, text in one.choices.items())
     told = f"There is a single choice question. Answer the question by replying {', '.join(letters)} or {last}."
-    return Asked(one.question, {"HUMAN": f"{told}\nQuestion: {one.question}{listed}\nAnswer: "}, one.answer, one.place)
+    return Asked(
+        one.question, {"HUMAN": f"{told}\nQuestion: {one.question}{listed}\nAnswer: "}, one.answer, one.place, "".join(one.choices)
+    )
 
 
 def _continuations(one: ChoiceQuestion) -> Asked:
@@ -142,8 +146,8 @@ def write(path: Path, questions: Sequence[Asked]) -> None:
 def configure(dataset: EvalDataset, path: Path, questions: Sequence[Asked]) -> dict[str, Any]:
     """OpenCompass' description of a data set whose questions `write` put into `path`."""
     columns = {key: COLUMN.format(key.lower()) for key in questions[0].prompts}
-    letters = sorted({asked.gold for asked in questions} | {"A", "B", "C", "D"}) if dataset.kind == "mcq" else []
-    extract = {"type": "opencompass.utils.text_postprocessors.first_option_postprocess", "options": "".join(letters)}
+    letters = max((asked.letters for asked in questions), key=len)
+    extract = {"type": "opencompass.utils.text_postprocessors.first_option_postprocess", "options": letters}
     inferencer = {"type": "opencompass.openicl.GenInferencer", "max_out_len": dataset.max_out_len}
     return {
         "abbr": dataset.name,

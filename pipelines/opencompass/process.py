@@ -6,6 +6,7 @@ network and the key, if there is one), then scoring (with neither).
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import time
@@ -15,7 +16,7 @@ from pathlib import Path
 from pipelines.chatters import Endpoint
 from pipelines.processes import child, follow, tail
 from pipelines.stage import Log
-from xtuner_core.durable import remove, write_json
+from xtuner_core.durable import remove
 from xtuner_core.errors import DataError
 
 GRACE = 10.0
@@ -59,8 +60,8 @@ def _run(command: list[str], work: Path, more: Mapping[str, str], timeout: int) 
         raise failure(work, f"did not finish within eval.timeout = {timeout} s and was stopped") from None
     finally:
         remove(scratch)
-    seconds = round(time.monotonic() - started, 1)
-    write_json(work / "run.json", {"command": command, "exit_status": status, "seconds": seconds})
+    with open(work / "runs.jsonl", "a", encoding="utf-8") as runs:
+        runs.write(json.dumps({"command": command, "exit_status": status, "seconds": round(time.monotonic() - started, 1)}) + "\n")
     if status != 0:
         raise failure(work, f"was killed by signal {-status}" if status < 0 else f"ended with exit status {status}")
 

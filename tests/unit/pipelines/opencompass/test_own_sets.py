@@ -58,6 +58,10 @@ def test_choices_are_put_in_the_words_of_opencompass_s_own_sets(tmp_path: Path) 
     (asked,) = own_sets.read(_dataset(tmp_path, "mcq", CHOICE), None)
     told = "There is a single choice question. Answer the question by replying A or B."
     assert (asked.prompts, asked.gold) == ({"HUMAN": f"{told}\nQuestion: Which is hot?\nA. ice\nB. fire\nAnswer: "}, "B")
+    five = CHOICE | {"C": "air", "D": "sand", "E": "milk"}
+    dataset = _dataset(tmp_path, "mcq", CHOICE, five)
+    extract = own_sets.configure(dataset, tmp_path, own_sets.read(dataset, None))["eval_cfg"]["pred_postprocessor"]
+    assert extract["options"] == "ABCDE"  # a letter that is not among them is overlooked, and another one found
     text = {"text": "The sun is ", "A": "cold", "B": "hot", "answer": "B"}
     question, continued = own_sets.read(_dataset(tmp_path, "ppl", CHOICE, text), None)
     assert question.prompts == {"A": "Question: Which is hot?\nAnswer: ice", "B": "Question: Which is hot?\nAnswer: fire"}
