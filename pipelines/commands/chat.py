@@ -2,30 +2,96 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
+from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from pipelines.commands.recipe_options import DEFAULT_STORE, STAGES, Overrides, StoreDir, run_stage
+from xtuner_core.errors import RecipeError
 
 app = App(name="chat", group=STAGES)
 
 
+@Parameter(name="*", show=False)
+@dataclass(frozen=True, slots=True)
+class Old:
+    """Options of XTuner's old chat that have no meaning here; each is answered with what to do instead."""
+
+    bits: str | None = None
+    torch_dtype: str | None = None
+    top_k: str | None = None
+    no_streamer: Annotated[bool, Parameter(negative=())] = False
+    lagent: Annotated[bool, Parameter(negative=())] = False
+    with_plugins: str | None = None
+    llava: str | None = None
+    image: str | None = None
+
+
+_INSTEAD = {
+    "bits": "models are served in the precision of their weights; for a quantized one start a server that can, and give --url",
+    "torch_dtype": "models are served in the precision of their weights; convert.dtype of the recipe decides it",
+    "top_k": "the chat protocol has no such field; use --top-p, or write top_k into the model's generation_config.json",
+    "no_streamer": "answers always come as a stream",
+    "lagent": "this chat runs no tools",
+    "with_plugins": "this chat runs no tools",
+    "llava": "this chat is about text",
+    "image": "this chat is about text",
+}
+
+
 @app.default
 def chat(
-    target: Annotated[str, Parameter(help="A recipe (runs the smoke test), or a model folder (talk to it).")],
+    target: Annotated[str, Parameter(help="A recipe (runs the smoke test), or a model folder or convert artifact (talk to it).")],
     *,
     overrides: Overrides = None,
     store: StoreDir = DEFAULT_STORE,
+    adapter: Path | None = None,
     system: str | None = None,
-    max_tokens: int = 512,
-    temperature: float = 0.0,
+    prompt_template: str | None = None,
+    chatter: str = "auto",
+    url: str | None = None,
+    max_tokens: Annotated[PositiveInt, Parameter(name=["--max-tokens", "--max-new-tokens"])] = 512,
+    temperature: NonNegativeFloat = 0.0,
+    top_p: PositiveFloat | None = None,
+    seed: int | None = None,
+    old: Old | None = None,
 ) -> None:
-    """Ask the exported model held-out questions; or, given a model folder, talk to it in the terminal."""
-    if Path(target).is_dir():
-        from pipelines.terminal_chat import converse
+    """Smoke-test a recipe's exported model; or, given a model folder, talk to it in the terminal (/help lists the commands there).
 
-        converse(Path(target), system, max_tokens, temperature)
+    Parameters
+    ----------
+    adapter
+        Folder of an adapter, merged into the model for the conversation.
+    system
+        System prompt.
+    prompt_template
+        Chat template (a name of xtuner_core/data/templates, or an old one such as internlm2_chat) instead of the model's own.
+    chatter
+        How the model is served: auto, or a module of pipelines/chatters.
+    url
+        Talk to the OpenAI server at this address instead; the model is then the name or folder it knows.
+    max_tokens
+        Longest answer.
+    temperature
+        0 is greedy.
+    top_p
+        Sample among the likeliest tokens with this much probability together.
+    seed
+        Of the sampling.
+    """
+    _refuse(old)
+    if Path(target).is_dir() or url:
+        from pipelines.terminal_chat import Options, converse
+
+        converse(Path(target), Options(system, adapter, prompt_template, chatter, url, max_tokens, temperature, top_p, seed))
     else:
         run_stage("chat", target, overrides, store)
+
+
+def _refuse(old: Old | None) -> None:
+    given = [item.name for item in fields(Old) if old and getattr(old, item.name)]
+    if given:
+        raise RecipeError("\n".join(f"--{name.replace('_', '-')}: {_INSTEAD[name]}." for name in given))

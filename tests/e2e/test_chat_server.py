@@ -1,76 +1,33 @@
-"""A real server answers for a tiny model that learned two answers: the stage, its errors, and the terminal conversation."""
+"""A real server answers for a tiny model that learned two answers: stage chat, and what goes wrong with servers."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
 
 import psutil
 import pytest
 
 from pipelines import chat
-from pipelines.chat import ask, client
 from pipelines.chatters import Request
 from pipelines.chatters.transformers import serve
-from pipelines.heldout import HeldOut
+from pipelines.client import ask, client
 from pipelines.recipe import load_recipe
 from pipelines.stage import Metrics, Work
 from xtuner_core.errors import UserError
-from xtuner_core.models.preset import create_from_preset
 
 pytestmark = pytest.mark.slow
 
-ROOT = Path(__file__).resolve().parents[2]
 PARCEL = [{"role": "user", "content": "parcel"}, {"role": "assistant", "content": "shipping desk"}]
 REFUND = [{"role": "user", "content": "refund"}, {"role": "assistant", "content": "billing"}]
 MISTAKEN = [{"role": "user", "content": "parcel"}, {"role": "assistant", "content": "returns desk"}]
-
-TALK = """
-import sys
-from pathlib import Path
-from pipelines.terminal_chat import converse
-converse(Path(sys.argv[1]), None, int(sys.argv[2]), float(sys.argv[3]))
+SMOKE = """
+prompts:
+  - {name: desk, user: parcel, expect: {equals: shipping desk, contains: [SHIP], language: en, min_tokens: 13, regex: 'desk$'}}
+  - {name: lost, user: refund, expect: {equals: shipping desk}}
+  - {name: late, user: refund, max_tokens: 4, expect: {max_seconds: 0.000001}}
 """
-
-
-@pytest.fixture(scope="module")
-def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder whose `model` is a tiny Qwen3 that was trained on PARCEL and REFUND until it knew them."""
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    # An `@` in a path means a revision to the server, unless we prevent it.
-    folder = tmp_path_factory.mktemp("a@b c") / "model"
-    create_from_preset("qwen3-tiny", folder, seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    whole = [tokenizer.apply_chat_template(rows, return_tensors="pt", return_dict=False) for rows in (PARCEL, REFUND)]
-    for _ in range(60):
-        for tokens in whole:
-            model(tokens, labels=tokens).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder.parent
-
-
-@pytest.fixture(scope="module")
-def endless(learned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same model, but no token ends its turn."""
-    folder = tmp_path_factory.mktemp("endless") / "model"
-    shutil.copytree(learned / "model", folder)
-    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 263, "pad_token_id": 258, "suppress_tokens": [263]}))
-    return folder
 
 
 def _run(model: Path, out: Path, *rows: list[dict[str, str]], settings: tuple[str, ...] = ()) -> tuple[Metrics, Work, list[str]]:
@@ -99,15 +56,6 @@ def _serves(process: psutil.Process) -> bool:
         return False
 
 
-def _until(condition: Callable[[], object], seconds: float) -> bool:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        if time.monotonic() > deadline:
-            return False
-        time.sleep(0.05)
-    return True
-
-
 def test_right_answers_pass_the_same_way_each_time_and_the_server_goes(
     learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -122,7 +70,11 @@ def test_right_answers_pass_the_same_way_each_time_and_the_server_goes(
         ("billing", "stop", True),
     ]
     assert "Uvicorn" in (work.record / "server.log").read_text()
-    assert len(json.loads((work.record / "latency.json").read_text())["answer_seconds"]) == 2
+    latency = json.loads((work.record / "latency.json").read_text())
+    assert [row["asked"] for row in latency["answers"]] == ["line 1", "line 2"]
+    assert [(row["tokens"], row["counted_by"]) for row in latency["answers"]] == [(14, "server"), (8, "server")]  # bytes, and the end
+    assert all(0 < row["first_token_seconds"] < row["seconds"] and row["tokens_per_second"] > 0 for row in latency["answers"])
+    assert metrics["first_token_seconds"] == latency["first_token_seconds"] > 0
 
     _, again, _ = _run(learned, tmp_path / "two", PARCEL, REFUND, settings=strict)
     assert (again.payload / "chat.json").read_bytes() == (work.payload / "chat.json").read_bytes()
@@ -137,6 +89,20 @@ def test_a_failed_verdict_is_a_result_not_an_error(learned: Path, tmp_path: Path
     assert "2 of 3 answers are right" in lines[-1]
 
 
+def test_each_smoke_prompt_that_fails_is_named_and_lateness_is_no_part_of_the_payload(learned: Path, tmp_path: Path) -> None:
+    smoke = tmp_path / "smoke.yaml"
+    smoke.write_text(SMOKE)
+    metrics, work, lines = _run(learned, tmp_path / "out", PARCEL, settings=(f"chat.smoke={smoke}", "chat.count=1"))
+    failed = ["smoke prompt lost is not 'shipping desk'", "smoke prompt late did not end by itself within 4 tokens"]
+    assert [reason.partition(" took ")[0] for reason in metrics["why"]] == [*failed, "smoke prompt late"]
+    assert (metrics["smoke_passed"], metrics["smoke_total"], metrics["passed"], metrics["ok"]) == (1, 3, 1, False)
+    written = json.loads((work.payload / "chat.json").read_text())
+    assert (written["why"], written["ok"]) == (failed, False)
+    assert [row["name"] for row in written["smoke"]] == ["desk", "lost", "late"]
+    assert "took" in json.loads((work.record / "latency.json").read_text())["late"][0]
+    assert "chat: 1 of 3 smoke prompts pass, 1 of 1 answers are right, first token after" in lines[-1]
+
+
 def test_a_server_that_cannot_load_the_model_is_a_readable_error(learned: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(learned, broken)
@@ -147,89 +113,16 @@ def test_a_server_that_cannot_load_the_model_is_a_readable_error(learned: Path, 
 
 
 def test_a_server_that_dies_between_two_questions_is_a_readable_error(learned: Path, tmp_path: Path) -> None:
-    question = HeldOut((PARCEL[0],), "shipping desk", 1)
+    model = learned / "model"
     log = tmp_path / "server.log"
     with (
         pytest.raises(UserError, match=r"(?s)the chat server did not answer.*Uvicorn running"),
-        serve(Request(learned / "model"), log, print) as endpoint,
+        serve(Request(model), log, print) as endpoint,
         client(endpoint, log) as openai,
     ):
-        assert ask(openai, endpoint.model, question, 20)[0].correct
+        question = {"model": endpoint.model, "messages": PARCEL[:1], "max_tokens": 20, "temperature": 0}
+        assert ask(openai, question, model).text == "shipping desk"
         for process in _servers():
             process.kill()
-        ask(openai, endpoint.model, question, 20)
+        ask(openai, question, model)
     assert not _servers()
-
-
-@contextmanager
-def _conversation(model: Path, max_tokens: int, temperature: float = 0) -> Iterator[tuple[subprocess.Popen[bytes], IO[bytes], IO[bytes]]]:
-    command = [sys.executable, "-c", TALK, str(model), str(max_tokens), str(temperature)]
-    env = os.environ | {"TMPDIR": str(model.parent)}  # what a killed one leaves behind is cleared away with the test's folders
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0)
-    assert process.stdin
-    assert process.stdout
-    try:
-        yield process, process.stdin, process.stdout
-    finally:
-        process.kill()
-        process.wait()
-        process.stdin.close()
-        process.stdout.close()
-
-
-def _read_until(stream: IO[Any], mark: bytes) -> list[bytes]:
-    """The pieces that came up to and with `mark`, as they came."""
-    pieces: list[bytes] = []
-    while mark not in b"".join(pieces):
-        piece = os.read(stream.fileno(), 65536)
-        assert piece, f"ended before {mark!r}: {b''.join(pieces)!r}"
-        pieces.append(piece)
-    return pieces
-
-
-def test_conversation_through_a_pipe(learned: Path) -> None:
-    with _conversation(learned / "model", 20) as (process, write, read):
-        _read_until(read, b"> ")
-        write.write(b"parcel\n")
-        pieces = _read_until(read, b"> ")
-        assert b"".join(pieces) == b"shipping desk\n> "
-        assert len(pieces) >= 5, "the answer must come token by token"
-        write.write(b"\nreset\nrefund\nexit\nparcel\n")
-        assert process.wait(30) == 0
-        assert read.read() == b"> (forgotten)\n> billing\n> "
-
-
-def test_control_c_stops_the_answer_then_the_conversation(endless: Path) -> None:
-    with _conversation(endless, 4000) as (process, write, read):
-        _read_until(read, b"> ")
-        servers = psutil.Process(process.pid).children(recursive=True)
-        for _ in range(2):  # after a stopped answer the same server gives the next one
-            write.write(b"parcel\n")
-            _read_until(read, b"ship")
-            process.send_signal(signal.SIGINT)
-            assert b"".join(_read_until(read, b"> ")).endswith(b" (stopped)\n> ")
-        assert psutil.Process(process.pid).children(recursive=True) == servers
-        # A signal between input()'s prompt and its read() would go unseen until the next key (CPython); nobody presses that fast.
-        assert _until(lambda: psutil.Process(process.pid).status() == psutil.STATUS_SLEEPING, 10)
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0
-        assert not any(server.is_running() for server in servers)
-
-
-def test_no_server_outlives_a_killed_conversation(endless: Path) -> None:
-    with _conversation(endless, 4000) as (process, write, read):
-        _read_until(read, b"> ")
-        servers = psutil.Process(process.pid).children(recursive=True)
-        assert servers
-        write.write(b"parcel\n")
-        _read_until(read, b"ship")
-        process.kill()
-        assert _until(lambda: not any(server.is_running() and server.status() != psutil.STATUS_ZOMBIE for server in servers), 20)
-
-
-def test_temperature_is_honoured(learned: Path) -> None:
-    with _conversation(learned / "model", 12, temperature=2) as (process, write, read):
-        write.write(b"parcel\nreset\n" * 5 + b"exit\n")
-        answers = [line for line in read.read().split(b"\n")[3:] if b"forgotten" not in line]
-        assert process.wait(30) == 0
-    assert len(set(answers)) > 1, "the sampled answers are all the same: the server ignored the temperature"

@@ -2,13 +2,6 @@
 
 from __future__ import annotations
 
-import http.server
-import os
-import socket
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +9,11 @@ import pytest
 
 from pipelines import chat
 from pipelines.chat import judge, spread, told
-from pipelines.chatters import _server
 from pipelines.client import Reply
 from pipelines.heldout import HeldOut
 from pipelines.recipe import ChatConfig, Recipe, load_recipe
 from pipelines.smoke import Prompt
-from pipelines.terminal_chat import converse
-from xtuner_core.errors import DataError, RecipeError
+from xtuner_core.errors import DataError
 
 CONFIG = ChatConfig.model_validate({"prompts": "x.jsonl", "min_correct": 0.8, "max_tokens": 8})
 
@@ -87,53 +78,3 @@ def test_port_and_path_of_the_prompts_do_not_decide_the_key_but_their_bytes_do(t
 def test_missing_prompts_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.jsonl: no such file.*chat\.prompts"):
         chat.STAGE.files(_recipe(f"chat.prompts={tmp_path / 'gone.jsonl'}"))
-
-
-def test_a_taken_port_is_named_with_its_holder() -> None:
-    with socket.create_server(("127.0.0.1", 0)) as holder:
-        port = holder.getsockname()[1]
-        with pytest.raises(RecipeError) as caught:
-            _server.usable_port(port)
-    assert f"port {port} on 127.0.0.1" in str(caught.value)
-    assert f"process {os.getpid()}" in str(caught.value)
-    assert "chat.port" in str(caught.value)
-
-
-class _Healthy(http.server.BaseHTTPRequestHandler):
-    def do_GET(self) -> None:
-        self.send_response(200)
-        self.end_headers()
-
-    def log_message(self, format: str, *args: object) -> None:
-        pass
-
-
-@pytest.fixture
-def healthy_port() -> Iterator[int]:
-    with http.server.HTTPServer(("127.0.0.1", 0), _Healthy) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        yield server.server_port
-        server.shutdown()
-        thread.join()
-
-
-def test_a_healthy_server_of_another_process_is_not_taken_for_ours(healthy_port: int) -> None:
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as ours:
-        assert _server._is_its_own(os.getpid(), healthy_port)
-        assert not _server._is_its_own(ours.pid, healthy_port)
-
-
-def test_a_folder_without_a_model_is_refused_and_the_right_one_suggested(tmp_path: Path) -> None:
-    (tmp_path / "payload" / "model").mkdir(parents=True)
-    (tmp_path / "payload" / "model" / "config.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"not a model folder.*config\.json.*Did you mean .*payload/model\?"):
-        converse(tmp_path, None, 8, 0.0)
-    with pytest.raises(RecipeError, match="not a model folder"):
-        converse(tmp_path / "gone", None, 8, 0.0)
-
-
-def test_an_unknown_chatter_is_answered_with_the_known_ones(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"'nobody' is not one of the chatters: .*transformers"):
-        converse(tmp_path, None, 8, 0.0, chatter="nobody")

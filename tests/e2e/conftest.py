@@ -1,0 +1,46 @@
+"""A tiny model that learned two answers, for the tests that talk to a served one."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from xtuner_core.models.preset import create_from_preset
+
+LEARNED = {"parcel": "shipping desk", "refund": "billing"}
+
+
+@pytest.fixture(scope="session")
+def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder whose `model` is a tiny Qwen3 that was trained on LEARNED until it knew it."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    # An `@` in a path means a revision to the server, unless we prevent it.
+    folder = tmp_path_factory.mktemp("a@b c") / "model"
+    create_from_preset("qwen3-tiny", folder, seed=0)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    rows = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in LEARNED.items()]
+    whole = [tokenizer.apply_chat_template(row, return_tensors="pt", return_dict=False) for row in rows]
+    for _ in range(60):
+        for tokens in whole:
+            model(tokens, labels=tokens).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder.parent
+
+
+@pytest.fixture(scope="session")
+def endless(learned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same model, but no token ends its turn."""
+    folder = tmp_path_factory.mktemp("endless") / "model"
+    shutil.copytree(learned / "model", folder)
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 263, "pad_token_id": 258, "suppress_tokens": [263]}))
+    return folder

@@ -1,0 +1,47 @@
+"""What is refused before a server starts, each with one message; and the command's options of old."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from pipelines.cli import main
+from pipelines.terminal_chat import Options, converse
+from xtuner_core.errors import RecipeError
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (Options(chatter="nobody"), "'nobody' is not one of the chatters: .*transformers"),
+        (Options(prompt_template="nosuch"), "--prompt-template nosuch: unknown; known are chatml, .*internlm2_chat"),
+        (Options(prompt_template="llama2_chat"), "--prompt-template llama2_chat: this old template is not shipped"),
+        (Options(), "not a model folder"),
+        (Options(url="http://127.0.0.1:9/v1", adapter=Path("a")), "--adapter and --prompt-template change what is served"),
+    ],
+)
+def test_refused(options: Options, reason: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=reason):
+        converse(tmp_path / "gone", options)
+
+
+def test_a_folder_that_is_no_adapter(tiny_model_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="not an adapter folder"):
+        converse(tiny_model_folder, Options(adapter=tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "reasons"),
+    [
+        (("--bits", "4", "--lagent"), ("--bits: models are served in the precision", "--lagent: this chat runs no tools")),
+        (("--no-streamer",), ("--no-streamer: answers always come as a stream",)),
+        (("--top-k", "40"), ("--top-k: the chat protocol has no such field",)),
+        (("--temperature", "-1"), ("Must be >= 0",)),
+        (("--max-new-tokens", "0"), ("--max-new-tokens. Must be >",)),
+    ],
+)
+def test_old_options_and_wrong_values(arguments: tuple[str, ...], reasons: tuple[str, ...], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["chat", "somewhere", *arguments]) == 78
+    told = capsys.readouterr()
+    assert all(reason in told.err + told.out for reason in reasons)
