@@ -6,6 +6,7 @@ record/<evaluator>/     the evaluator's own settings, logs and summary
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,7 +22,8 @@ from pipelines.recipe import EvalDataset, Recipe
 from pipelines.stage import Metrics, Stage, Work
 from pipelines.suites import Chosen, chosen
 from xtuner_core import registry
-from xtuner_core.durable import write_json
+from xtuner_core.data.templates import OWN
+from xtuner_core.durable import write_bytes, write_json
 from xtuner_core.errors import DataError, RecipeError
 
 IN_PROCESS, SERVED = "in_process", "served"
@@ -37,7 +39,8 @@ def run(recipe: Recipe, work: Work) -> Metrics:
         DataError: bad held-out data, or an evaluator failed.
         StorageError: an evaluator's environment cannot be built.
     """
-    asked, model_dir, found = chosen(recipe.eval), work.inputs["model"] / "model", {}
+    asked, found = chosen(recipe.eval), {}
+    model_dir = with_template(work.inputs["model"] / "model", recipe.model.template, work.scratch / "model")
     with _endpoint(recipe, model_dir, work) as endpoint:
         for name, datasets in _by_evaluator(asked).items():
             folder = work.record / name
@@ -48,6 +51,26 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     for name, score in scores.items():
         work.log(f"{name}: {told(score)}")
     return {"scores": {name: score.value for name, score in scores.items()}}
+
+
+def with_template(model_dir: Path, template: str | None, folder: Path) -> Path:
+    """The model's folder; for a base model without a chat template `folder`, which has its files and the template of the recipe, as the
+    tuned model will have.
+    """
+    if template is None or template == OWN or _has_template(model_dir):
+        return model_dir
+    from xtuner_core.data.render import find_template
+
+    folder.mkdir()
+    for file in model_dir.resolve().iterdir():
+        (folder / file.name).symlink_to(file)
+    write_bytes(folder / "chat_template.jinja", (find_template(template).JINJA or "").encode())
+    return folder
+
+
+def _has_template(model_dir: Path) -> bool:
+    config = model_dir / "tokenizer_config.json"
+    return (model_dir / "chat_template.jinja").is_file() or (config.is_file() and "chat_template" in json.loads(config.read_bytes()))
 
 
 @contextmanager
@@ -138,6 +161,7 @@ def settings(recipe: Recipe) -> dict[str, Any]:
         **(engine if _asks_server(recipe) else {}),
         "datasets": [one.dataset.model_dump(exclude={"path"}) | {"suite": one.suite} for one in asked],
         "versions": {name: _module(name).versions() for name in _by_evaluator(asked)},
+        "template": recipe.model.template,
         "batch_size": recipe.eval.batch_size,
         "limit": recipe.eval.limit,
     }

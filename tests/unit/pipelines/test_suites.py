@@ -11,6 +11,7 @@ from pipelines.cli import list_suites
 from pipelines.pipeline import check
 from pipelines.recipe import PROJECT, EvalConfig, load_recipe
 from pipelines.suites import chosen, load_suite, shipped_names
+from xtuner_core.data.templates import chatml
 from xtuner_core.errors import DataError, RecipeError, UserError
 
 TINY = "qwen3_tiny_full_openai"
@@ -100,3 +101,17 @@ def test_the_list_names_suites_and_kinds(capsys: pytest.CaptureFixture[str]) -> 
     list_suites()
     told = capsys.readouterr().out
     assert all(word in told for word in (*shipped_names(), "general_questions (choice)", *evaluate.kinds()))
+
+
+def test_a_base_model_without_a_chat_template_is_asked_by_the_recipe_s(tmp_path: Path, tiny_model_folder: Path) -> None:
+    assert evaluate.with_template(tiny_model_folder, "qwen2", tmp_path / "unused") == tiny_model_folder
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("tokenizer.json", "config.json"):
+        (bare / name).write_bytes((tiny_model_folder / name).read_bytes())
+    (bare / "tokenizer_config.json").write_text("{}")
+    assert evaluate.with_template(bare, None, tmp_path / "unused") == bare
+    speaking = evaluate.with_template(bare, "chatml", tmp_path / "speaking")
+    assert (speaking / "chat_template.jinja").read_text() == chatml.JINJA
+    assert (speaking / "config.json").read_bytes() == (bare / "config.json").read_bytes()
+    assert not (bare / "chat_template.jinja").exists()
