@@ -1,8 +1,9 @@
 """Hugging Face model folders: written by transformers 5 so that 4.57 reads the same model, and inspected without loading weights.
 
 What transformers 4.57 does with an untouched folder of transformers 5 (each seen, none of it reported by 4.57 unless noted):
-rope parameters are looked up at the old place, so theta falls back to 10000; `TokenizersBackend` is unknown (an error); a list of
-`extra_special_tokens` is an error; `generate` is handed `token_type_ids` (an error).
+rope parameters are looked up at the old place, so theta falls back to 10000; the number of a Qwen3 mixture's experts has another name
+(an error); `TokenizersBackend` is unknown (an error); a list of `extra_special_tokens` is an error; `generate` is handed
+`token_type_ids` (an error).
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ def _without(config: Json, *names: str) -> Json:
 def _portable_config(config: Json) -> Json:
     nested = {name: _portable_config(value) for name, value in config.items() if _is_part(name, value)}
     dtype = {"torch_dtype": config["dtype"]} if config.get("dtype") else {}
-    return config | nested | dtype | _old_rope(config.get("rope_parameters") or {})
+    experts = {"num_experts": config["num_local_experts"]} if "num_local_experts" in config else {}
+    return experts | config | nested | dtype | _old_rope(config.get("rope_parameters") or {})
 
 
 def _old_rope(rope: Json) -> Json:

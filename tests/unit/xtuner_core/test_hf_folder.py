@@ -41,6 +41,11 @@ def test_a_scaled_rope_and_one_in_a_nested_config(tmp_path: Path) -> None:
     assert text["rope_scaling"] == {"rope_type": "linear", "factor": 4.0}
 
 
+def test_the_number_of_experts_has_both_names(tmp_path: Path) -> None:
+    assert portable(tmp_path, "config.json", {"num_local_experts": 4}) == {"num_local_experts": 4, "num_experts": 4}
+    assert portable(tmp_path, "config.json", {"num_local_experts": 4, "num_experts": 8})["num_experts"] == 8
+
+
 def test_a_config_of_transformers_4_keeps_its_fields(tmp_path: Path) -> None:
     config = {"rope_theta": 7.0, "rope_scaling": None, "torch_dtype": "float16"}
     assert portable(tmp_path, "config.json", config) == config
