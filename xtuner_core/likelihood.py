@@ -126,11 +126,16 @@ def measure(model: PreTrainedModel, rows: Sequence[Sequence[Document]]) -> list[
     batch = lay([Part(index, one.ids, spans[index]) for index, one in enumerate(documents)]).to(model.device)
     assert batch.places is not None
     losses, hits = token_losses(model, batch, CHUNK)
-    owner = torch.bucketize(batch.places.cpu(), batch.boundaries[1:], right=True)
-    nats = torch.zeros(len(documents), dtype=torch.float64).index_add_(0, owner, losses.double().cpu()).tolist()
-    right = torch.zeros(len(documents), dtype=torch.int64).index_add_(0, owner, hits.long().cpu()).tolist()
-    found = zip(nats, torch.bincount(owner, minlength=len(documents)).tolist(), right, strict=True)
-    return [dict(zip(("nats", "tokens", "hits"), map(list, zip(*islice(found, len(row)), strict=True)), strict=True)) for row in rows]
+    owner, count = torch.bucketize(batch.places.cpu(), batch.boundaries[1:], right=True), len(documents)
+    nats = torch.zeros(count, dtype=torch.float64).index_add_(0, owner, losses.double().cpu())
+    right = torch.zeros(count, dtype=torch.int64).index_add_(0, owner, hits.long().cpu())
+    found = zip(nats.tolist(), torch.bincount(owner, minlength=count).tolist(), right.tolist(), strict=True)
+    return [_result(islice(found, len(row))) for row in rows]
+
+
+def _result(found: Iterable[tuple[float, int, int]]) -> dict[str, list[Any]]:
+    nats, tokens, hits = zip(*found, strict=True)
+    return {"nats": list(nats), "tokens": list(tokens), "hits": list(hits)}
 
 
 def together(rows: Sequence[Sequence[Document]]) -> Iterator[list[Sequence[Document]]]:

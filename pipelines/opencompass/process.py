@@ -19,6 +19,8 @@ from pipelines.stage import Log
 from xtuner_core.durable import remove
 from xtuner_core.errors import DataError
 
+MOST_SHOWN = 400
+"""Characters of an error."""
 GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 
@@ -67,9 +69,11 @@ def _run(command: list[str], work: Path, more: Mapping[str, str], timeout: int) 
 
 
 def failure(work: Path, what: str) -> DataError:
-    """What went wrong, with the end of OpenCompass' log."""
+    """What went wrong, with the last error that OpenCompass told, and the end of its log."""
     output = work / "opencompass.log"
-    return DataError(f"OpenCompass {what}. The end of {output}:\n{tail(output)}")
+    told = [line.partition(" - ERROR - ")[2] for line in tail(output, lines=500).splitlines() if " - ERROR - " in line]
+    last = f" Its last error: {told[-1][:MOST_SHOWN]}\n" if told else " "
+    return DataError(f"OpenCompass {what}.{last}The end of {output}:\n{tail(output)}")
 
 
 def network_cage() -> list[str]:

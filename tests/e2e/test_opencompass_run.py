@@ -106,19 +106,20 @@ def test_all_kinds_are_asked_in_one_run_and_the_model_s_own_answers_score(tmp_pa
     assert [path.name for path in second.payload.iterdir()] == ["scores.json"]
 
 
-def test_a_served_model_is_asked_by_its_url(tmp_path: Path, tiny_model_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_served_model_is_asked_by_its_url(tmp_path: Path, smollm2_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", "sesame")
     datasets = (_write(tmp_path / "few.jsonl", ["x"] * len(QUESTIONS)), _choices(tmp_path / "mcq.jsonl", "mcq"))
     recipe = _recipe(*datasets)
-    server = chatters.choose("transformers").serve(Request(tiny_model_folder), tmp_path / "server.log", print)
-    work = _work(tmp_path / "work", tiny_model_folder)
+    server = chatters.choose("transformers").serve(Request(smollm2_folder), tmp_path / "server.log", print)
+    work = _work(tmp_path / "work", smollm2_folder)
     with server as endpoint:
         config = recipe.eval.model_copy(update={"engine": f"{endpoint.base_url}#{endpoint.model}", "limit": 3})
         metrics = evaluate.run(recipe.model_copy(update={"eval": config}), work)
     assert metrics["scores"].keys() == {"few", "mcq"}
     samples = {name: score["samples"] for name, score in _scores(work).items()}
     assert [sample["question"] for sample in samples["few"]] == list(QUESTIONS[:3])
-    assert any(sample["answer"] for sample in samples["few"])
+    assert all(sample["answer"] for sample in samples["few"])
+    assert {sample["expected"] for sample in samples["mcq"]} == {"A", "B", "C"}
     assert "POST /v1/chat/completions" in (tmp_path / "server.log").read_text()
     kept = [path for path in work.record.rglob("*") if path.is_file() and path.suffix in (".json", ".log", ".py")]
     assert kept and not any("sesame" in path.read_text(encoding="utf-8", errors="replace") for path in kept)

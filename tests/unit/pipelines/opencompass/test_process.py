@@ -120,7 +120,10 @@ def test_against_a_server_only_the_asking_has_the_key(tmp_path: Path, monkeypatc
 
 
 def test_a_run_that_dies_shows_the_end_of_its_log(tmp_path: Path) -> None:
-    dies = "import sys; print('RuntimeError: the reason'); sys.exit(3)"
-    with pytest.raises(DataError, match=r"(?s)ended with exit status 3\. The end of .*opencompass\.log:\nRuntimeError: the reason"):
+    dies = "import sys; print('11/21 - OpenCompass - ERROR - it failed\\n' * 30 + 'RuntimeError: the reason'); sys.exit(3)"
+    with pytest.raises(
+        DataError,
+        match=r"(?s)ended with exit status 3\. Its last error: it failed\nThe end of .*opencompass\.log:\n.*RuntimeError: the reason",
+    ):
         process.caged([sys.executable, "-c", dies], tmp_path, {}, 60, print)
     assert not (tmp_path / "scratch").exists()
