@@ -8,7 +8,7 @@ import math
 import mmap
 import os
 import struct
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -39,7 +39,9 @@ class Lazy:
     dtype: torch.dtype
     read: Callable[[], torch.Tensor]
     extents: tuple[Extent, ...] = ()
-    """Where its bytes lie, one range after the other, if they lie in files as they are: `write_file` copies them inside the kernel."""
+    """Where its bytes lie, one range of whole numbers after the other, if they lie in files as they are."""
+    stream: Callable[[], Iterator[torch.Tensor]] | None = None
+    """Its numbers in flat pieces, each valid until the next, if there is a cheaper way to them than to `read` all."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Lazy:
@@ -49,7 +51,7 @@ class Lazy:
     @classmethod
     def stored(cls, shape: tuple[int, ...], dtype: torch.dtype, *extents: Extent) -> Lazy:
         """A tensor that lies in files; what is read of a single range is mapped memory, which counts as used only while it is."""
-        return cls(shape, dtype, partial(_read, shape, dtype, extents), extents)
+        return cls(shape, dtype, partial(_read, shape, dtype, extents), extents, partial(_stream, dtype, extents))
 
     @property
     def bytes(self) -> int:
@@ -58,7 +60,13 @@ class Lazy:
 
     def to(self, dtype: torch.dtype) -> Lazy:
         """The same tensor, rounded once to `dtype` when it is read."""
-        return self if dtype == self.dtype else Lazy(self.shape, dtype, lambda: self.read().to(dtype))
+        if dtype == self.dtype:
+            return self
+        return Lazy(self.shape, dtype, lambda: self.read().to(dtype), stream=lambda: (part.to(dtype) for part in self.pieces()))
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Its numbers in their order, flat and a few at a time: what is written takes no memory twice. Each is valid until the next."""
+        return self.stream() if self.stream else iter(self.read().reshape(-1).split(PIECE))
 
 
 Tensors = Mapping[str, Lazy]
@@ -106,6 +114,17 @@ def _read(shape: tuple[int, ...], dtype: torch.dtype, extents: tuple[Extent, ...
     return whole
 
 
+def _stream(dtype: torch.dtype, extents: tuple[Extent, ...]) -> Iterator[torch.Tensor]:
+    """Through memory that is used again, which is faster than mapped or new memory: no page is touched for the first time."""
+    numbers = torch.empty(min(PIECE, sum(extent.size for extent in extents) // dtype.itemsize), dtype=dtype)
+    view = _bytes(numbers)
+    for extent in extents:
+        for done in range(0, extent.size, len(view)):
+            size = min(len(view), extent.size - done)
+            _read_into(view[:size], Extent(extent.file, extent.start + done, size))
+            yield numbers[: size // dtype.itemsize]
+
+
 def _read_into(view: memoryview, extent: Extent) -> None:
     with open(extent.file, "rb", buffering=0) as file:
         file.seek(extent.start)
@@ -144,8 +163,8 @@ _DTYPES = {
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
 PATTERN = "model{suffix}.safetensors"
-PIECE = 1 << 24
-"""Bytes or numbers that are handled at once where a whole tensor need not be."""
+PIECE = 1 << 20
+"""Numbers (or bytes) that are handled at once where a whole tensor need not be: they fit into a processor's cache."""
 
 
 def finite(tensors: Tensors) -> dict[str, Lazy]:
@@ -154,13 +173,18 @@ def finite(tensors: Tensors) -> dict[str, Lazy]:
 
 
 def _finite(name: str, tensor: Lazy) -> Lazy:
+    def checked(part: torch.Tensor) -> torch.Tensor:
+        if not _is_finite(part):
+            raise DataError(f"tensor {name} holds NaN or infinity as {tensor.dtype}; it is not written.")
+        return part
+
     def read() -> torch.Tensor:
         found = tensor.read()
-        if not all(map(_is_finite, found.reshape(-1).split(PIECE))):
-            raise DataError(f"tensor {name} holds NaN or infinity as {tensor.dtype}; it is not written.")
+        for part in found.reshape(-1).split(PIECE):
+            checked(part)
         return found
 
-    return Lazy(tensor.shape, tensor.dtype, read)
+    return Lazy(tensor.shape, tensor.dtype, read, stream=lambda: map(checked, tensor.pieces()))
 
 
 def _is_finite(part: torch.Tensor) -> bool:
@@ -229,10 +253,14 @@ def _write(file: BinaryIO, name: str, tensor: Lazy) -> None:
         for extent in tensor.extents:
             _copy(file, extent)
         return
-    found = tensor.read()
-    if (found.shape, found.dtype) != (tensor.shape, tensor.dtype):
-        raise AssertionError(f"{name}: announced as {tensor.dtype} {tensor.shape}, read as {found.dtype} {tuple(found.shape)}")
-    _write_all(file, _bytes(found))
+    written = 0
+    for part in tensor.pieces():
+        if part.dtype != tensor.dtype:
+            raise AssertionError(f"{name}: announced as {tensor.dtype}, read as {part.dtype}")
+        _write_all(file, _bytes(part))
+        written += part.nbytes
+    if written != tensor.bytes:
+        raise AssertionError(f"{name}: announced as {list(tensor.shape)}, but {written} bytes were read")
 
 
 def _copy(file: BinaryIO, extent: Extent) -> None:
