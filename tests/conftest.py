@@ -12,7 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingf
 import pytest
 from hypothesis import HealthCheck, settings
 
-from pipelines import base_model, prepare
+from pipelines import base_model, environments, prepare
 from pipelines.artifacts import Store
 from pipelines.recipe import PROJECT, load_recipe
 from pipelines.stage import Work
@@ -73,3 +73,9 @@ def tiny_data(prepare_place: Callable[[], Work]) -> Path:
     work = prepare_place()
     prepare.run(load_recipe("qwen3_tiny_full_openai"), work)
     return work.payload
+
+
+@pytest.fixture(scope="session")
+def lmdeploy_python() -> Path:
+    """LMDeploy's environment without CUDA, built by the real code (about a minute and a half the first time)."""
+    return environments.ensure(f"lmdeploy{environments.WITHOUT_CUDA}", print)
