@@ -32,7 +32,8 @@ class Reply:
     """`stop`: the model ended its turn; `length`: it was cut at max_tokens."""
     tokens: int
     counted_by: str
-    """`server`, with the token that ends the turn; or `tokenizer`, where the server does not tell: the model's own, on the text."""
+    """`server`, with the token that ends the turn; where it does not tell, `tokenizer`: the model's own, on the text; without one `pieces`:
+    what the server streamed at once is mostly one token."""
     first_token_seconds: float | None
     """From the request to the first text; None if none came."""
     seconds: float
@@ -71,7 +72,8 @@ def ask(openai: OpenAI, request: Mapping[str, Any], model_dir: Path, show: Show 
     `model_dir`: its tokenizer counts if the server does not.
     """
     started = time.monotonic()
-    text, finish, first, tokens = "", "none", None, None
+    pieces: list[str] = []
+    finish, first, tokens = "none", None, None
     with openai.chat.completions.create(**request, stream=True, stream_options={"include_usage": True}) as stream:
         for chunk in stream:
             tokens = chunk.usage.completion_tokens if chunk.usage else tokens
@@ -80,10 +82,10 @@ def ask(openai: OpenAI, request: Mapping[str, Any], model_dir: Path, show: Show 
                 for piece, thought in ((_thought(choice.delta), True), (choice.delta.content, False)):
                     if piece:
                         first = first if first is not None else time.monotonic() - started
-                        text += "" if thought else piece
+                        pieces += [] if thought else [piece]
                         show(piece, thought)
     seconds = time.monotonic() - started
-    return Reply(text, finish, *_counted(tokens, text, model_dir), first, seconds)
+    return Reply("".join(pieces), finish, *_counted(tokens, pieces, model_dir), first, seconds)
 
 
 def _thought(delta: Any) -> str | None:
@@ -91,9 +93,12 @@ def _thought(delta: Any) -> str | None:
     return getattr(delta, "reasoning_content", None)
 
 
-def _counted(tokens: int | None, text: str, model_dir: Path) -> tuple[int, str]:
+def _counted(tokens: int | None, pieces: list[str], model_dir: Path) -> tuple[int, str]:
     if tokens is not None:
         return tokens, "server"
+    tokenizer = model_dir / "tokenizer.json"
+    if not tokenizer.is_file():
+        return len(pieces), "pieces"
     from tokenizers import Tokenizer
 
-    return len(Tokenizer.from_file(str(model_dir / "tokenizer.json")).encode(text, add_special_tokens=False).ids), "tokenizer"
+    return len(Tokenizer.from_file(str(tokenizer)).encode("".join(pieces), add_special_tokens=False).ids), "tokenizer"

@@ -96,9 +96,11 @@ class ChatConfig(Config):
     start_timeout: int = Field(default=900, ge=1, description="Seconds until the server must be healthy; a large model may come slowly.")
 
     @model_validator(mode="after")
-    def _asks_something(self) -> ChatConfig:
+    def _asks_something_somewhere(self) -> ChatConfig:
         if self.smoke is None and self.prompts is None:
             raise ValueError("nothing is asked; give smoke (general, or a YAML file of your own), prompts, or both")
+        if self.url is not None and self.chatter != "openai":
+            raise ValueError("url is for chatter openai; set both")
         return self
 
 

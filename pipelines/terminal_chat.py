@@ -95,8 +95,7 @@ def converse(model: Path, options: Options) -> None:
         template_name(options.prompt_template)  # before an adapter is merged
     with ExitStack() as stack:
         signal.signal(signal.SIGTERM, _terminate)
-        folder = _served(stack, model, options, lambda line: tell.print(line, style="yellow"))
-        tell.print(f"Loading {model} ...", style="dim")
+        folder = _served(stack, model, options, tell)
         log = Path(stack.enter_context(TemporaryDirectory(prefix="xtuner-chat-")), "server.log")
         request = Request(folder, start_timeout=options.start_timeout, url=options.url)
         endpoint = stack.enter_context(chatter.serve(request, log, lambda line: tell.print(line, style="dim")))
@@ -108,15 +107,15 @@ def converse(model: Path, options: Options) -> None:
         _talk(Talk(lambda messages: _answer(openai, fixed | {"messages": messages}, folder, tell), tell, options.system))
 
 
-def _served(stack: ExitStack, model: Path, options: Options, say: Callable[[str], None]) -> Path:
+def _served(stack: ExitStack, model: Path, options: Options, tell: Console) -> Path:
+    """The folder that is given to the server, until the stack is closed."""
     if options.url:
         if options.adapter or options.prompt_template:
-            raise RecipeError(
-                "--adapter and --prompt-template change what is served; a server that runs already (--url) serves what it has."
-            )
+            raise RecipeError("--adapter and --prompt-template change what is served; the server at --url serves what it has.")
         return model
+    tell.print(f"Loading {model}{f' with {options.adapter}' if options.adapter else ''} ...", style="dim")
     merged = stack.enter_context(model_to_serve(model, options.adapter))
-    return stack.enter_context(with_template(merged, options.prompt_template, say))
+    return stack.enter_context(with_template(merged, options.prompt_template, lambda note: tell.print(note, style="yellow")))
 
 
 def _terminate(number: int, frame: object) -> None:

@@ -44,7 +44,7 @@ _INSTEAD = {
 
 @app.default
 def chat(
-    target: Annotated[str, Parameter(help="A recipe (runs the smoke test), or a model folder or convert artifact (talk to it).")],
+    target: Annotated[str, Parameter(help="A recipe (runs the smoke test), or a model folder or convert artifact (talk to it).")] = "",
     *,
     overrides: Overrides = None,
     store: StoreDir = DEFAULT_STORE,
@@ -72,7 +72,7 @@ def chat(
     chatter
         How the model is served: auto, or a module of pipelines/chatters.
     url
-        Talk to the OpenAI server at this address instead; the model is then the name or folder it knows.
+        Talk to the OpenAI server at this address, such as http://127.0.0.1:8000/v1#MODEL; TARGET is not needed then.
     max_tokens
         Longest answer.
     temperature
@@ -83,7 +83,9 @@ def chat(
         Of the sampling.
     """
     _refuse(old)
-    if Path(target).is_dir() or url:
+    if not target and not url:
+        raise RecipeError("name a recipe, a model folder, or with --url a server.")
+    if url or Path(target).is_dir():
         from pipelines.terminal_chat import Options, converse
 
         converse(Path(target), Options(system, adapter, prompt_template, chatter, url, max_tokens, temperature, top_p, seed))

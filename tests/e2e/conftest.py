@@ -18,23 +18,46 @@ LEARNED = {"parcel": "shipping desk", "refund": "billing"}
 def learned(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder whose `model` is a tiny Qwen3 that was trained on LEARNED until it knew it."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     # An `@` in a path means a revision to the server, unless we prevent it.
     folder = tmp_path_factory.mktemp("a@b c") / "model"
     create_from_preset("qwen3-tiny", folder, seed=0)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    _teach(model, folder, LEARNED)
+    model.to(torch.bfloat16).save_pretrained(folder)
+    return folder.parent
+
+
+def _teach(model: Any, folder: Path, answers: dict[str, str]) -> None:
+    import torch
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
-    rows = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in LEARNED.items()]
+    rows = [[{"role": "user", "content": asked}, {"role": "assistant", "content": answer}] for asked, answer in answers.items()]
     whole = [tokenizer.apply_chat_template(row, return_tensors="pt", return_dict=False) for row in rows]
     for _ in range(60):
         for tokens in whole:
             model(tokens, labels=tokens).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
-    model.to(torch.bfloat16).save_pretrained(folder)
-    return folder.parent
+
+
+@pytest.fixture(scope="session")
+def adapter(learned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA of the learned model that was taught one answer anew."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base: Any = AutoModelForCausalLM.from_pretrained(learned / "model", dtype=torch.float32)
+    torch.manual_seed(0)
+    model: Any = get_peft_model(base, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"))
+    _teach(model, learned / "model", {"parcel": "returns"})
+    folder = tmp_path_factory.mktemp("adapter")
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -19,7 +19,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from pipelines.chatters import Request
+from pipelines.chatters.transformers import serve
 from xtuner_core.data.formats import openai
+from xtuner_core.models.preset import create_from_preset
 
 pytestmark = pytest.mark.slow
 
@@ -225,6 +228,26 @@ def test_through_pipes_only_answers_come_out(learned: Path) -> None:
     assert (done.returncode, done.stdout) == (0, "shipping desk\nbilling\n")
     assert "(forgotten)\n(no system prompt)\n" in done.stderr
     assert "\x1b" not in done.stderr
+
+
+def test_with_an_adapter_the_merged_model_answers(learned: Path, adapter: Path) -> None:
+    done = _piped(learned, "parcel\n", "--adapter", str(adapter))  # the artifact's folder will do, as well as the model's in it
+    assert (done.returncode, done.stdout) == (0, "returns\n")
+
+
+def test_an_adapter_of_another_base_is_one_message(adapter: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    create_from_preset("qwen3-moe-tiny", other, seed=0)
+    done = _piped(other, "parcel\n", "--adapter", str(adapter))
+    assert (done.returncode, done.stdout) == (65, "")
+    assert re.search(r"error: .*adapter", done.stderr) and "Traceback" not in done.stderr
+
+
+def test_a_server_that_runs_already(learned: Path, tmp_path: Path) -> None:
+    with serve(Request(learned / "model"), tmp_path / "log", print) as endpoint:
+        command = [*CHAT, "--url", f"{endpoint.base_url}#{endpoint.model}"]
+        done = subprocess.run(command, input="refund\n", capture_output=True, text=True, cwd=ROOT, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (0, "billing\n")
 
 
 def test_temperature_is_honoured_and_the_seed_repeats_an_answer(learned: Path) -> None:

@@ -72,6 +72,8 @@ def test_thoughts_are_shown_but_no_part_of_the_answer(serve: Serve, tmp_path: Pa
 def test_the_model_s_tokenizer_counts_where_the_server_does_not(serve: Serve, tmp_path: Path, tiny_model_folder: Path) -> None:
     reply, _ = _ask(serve([_chunk(content="four"), _chunk("stop")]), tiny_model_folder, tmp_path / "log")
     assert (reply.tokens, reply.counted_by) == (4, "tokenizer")
+    reply, _ = _ask(serve([_chunk(content="four"), _chunk(content="teen"), _chunk("stop")]), tmp_path, tmp_path / "log")
+    assert (reply.tokens, reply.counted_by) == (2, "pieces")
 
 
 def test_an_answer_without_an_end_did_not_stop(serve: Serve, tmp_path: Path, tiny_model_folder: Path) -> None:

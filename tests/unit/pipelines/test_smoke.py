@@ -78,3 +78,10 @@ def test_what_the_prompts_say_decides_the_key_not_where_they_lie(tmp_path: Path)
 def test_a_recipe_must_ask_something() -> None:
     with pytest.raises(RecipeError, match=r"chat: .*nothing is asked; give smoke"):
         load_recipe("qwen3_tiny_full_openai", ["chat.prompts=null"])
+
+
+def test_a_server_s_address_needs_the_chatter_that_asks_it() -> None:
+    address = "chat.url=http://127.0.0.1:8000/v1"
+    with pytest.raises(RecipeError, match="url is for chatter openai"):
+        load_recipe("qwen3_tiny_full_openai", [address])
+    assert load_recipe("qwen3_tiny_full_openai", [address, "chat.chatter=openai"]).chat.url == "http://127.0.0.1:8000/v1"
