@@ -21,6 +21,7 @@ from xtuner_core.durable import drafted, write_json
 from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.export import torch_files
 from xtuner_core.export.adapter import CONFIG, WEIGHTS, open_adapter
+from xtuner_core.export.internlm2_tokenizer import make_plain
 from xtuner_core.export.tensors import Lazy, Tensors, open_folder, write_file, write_folder
 from xtuner_core.models.check import read_config, require_own_tensors
 from xtuner_core.progress import shown
@@ -98,7 +99,8 @@ def write_llama(source: Path, config: Fields, folder: Path, max_shard_size: str 
     """Fill the empty `folder`; see `to_llama`."""
     _write(_split(_open(source), Heads.of(config)), folder, max_shard_size)
     write_json(folder / "config.json", llama_config(config))
-    _copy_tokenizer(source, folder)
+    copy_texts(source, folder)
+    make_plain(folder)
     require_own_tensors(folder)
 
 
@@ -216,15 +218,6 @@ def internlm2_config(config: Fields) -> dict[str, Any]:
 
 def _shared(config: Fields) -> dict[str, Any]:
     return {name: config[name] for name in _SAME if name in config}
-
-
-def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """The texts beside the weights; the tokenizer's class is the one that reads tokenizer.json."""
-    copy_texts(source, folder)
-    path = folder / "tokenizer_config.json"
-    if path.is_file() and (folder / "tokenizer.json").is_file():
-        fields = {name: value for name, value in json.loads(path.read_text(encoding="utf-8")).items() if name != "auto_map"}
-        write_json(path, fields | {"tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 # Adapters ---------------------------------------------------------------------------------------------------------------------------

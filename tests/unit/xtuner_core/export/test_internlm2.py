@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pipelines import base_model
 from pipelines.artifacts import Store
@@ -200,6 +200,26 @@ def test_an_adapter_of_the_fused_form(tiny_model_folder: Path, tmp_path: Path) -
         ours, theirs = llama(IDS).logits, internlm2({**weights, **merged}, config, IDS)
     assert float((ours - internlm2(weights, config, IDS)).abs().max()) > 0.1
     assert float((ours - theirs).abs().max() / theirs.abs().max()) <= 1e-5
+
+
+def test_control_tokens_keep_the_ids_they_were_trained_with(tiny_model_folder: Path, tmp_path: Path) -> None:
+    """InternLM2's vocabulary has placeholders at their ids; only tokenizer_config.json says what they are."""
+    folder_of("plain", tmp_path / "internlm2", tiny_model_folder)
+    file, config_file = (tmp_path / "internlm2" / name for name in ("tokenizer.json", "tokenizer_config.json"))
+    tokenizer, config = json.loads(file.read_text()), json.loads(config_file.read_text())
+    model = tokenizer["model"]
+    model["vocab"] |= {"[UNUSED": 256, "_1]": 257, "[UNUSED_1]": 258, "ab": 259}
+    tokenizer |= {"added_tokens": None, "model": {**model, "merges": [["[UNUSED", "_1]"], ["a", "b"]]}}
+    token = {"content": "<|im_start|>", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    file.write_text(json.dumps(tokenizer))
+    names = {"bos_token": None, "eos_token": None, "pad_token": None, "additional_special_tokens": ["<|im_start|>"]}
+    config_file.write_text(json.dumps({**config, **names, "added_tokens_decoder": {"258": token}}))
+    to_llama(tmp_path / "internlm2", tmp_path / "llama", "5GB")
+    for read in (
+        AutoTokenizer.from_pretrained(tmp_path / "llama"),
+        PreTrainedTokenizerFast(tokenizer_file=str(tmp_path / "llama" / file.name)),
+    ):
+        assert (read("<|im_start|>ab")["input_ids"], len(read)) == ([258, 259], 260)
 
 
 def test_it_can_be_a_recipe_s_base(tiny_model_folder: Path, tmp_path: Path) -> None:
