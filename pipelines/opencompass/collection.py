@@ -123,6 +123,8 @@ def _figure(work: Path, part: Part, results: Mapping[str, Any]) -> tuple[str, fl
 
 def _sample(prediction: Mapping[str, Any], verdict: Mapping[str, Any], part: Part) -> Sample | None:
     right = verdict.get("correct", verdict.get("is_correct"))
+    if isinstance(right, list) and len(right) == 1:  # scorers that may repeat a question list its runs
+        right = right[0]
     if right is None and {"predictions", "references"} <= verdict.keys():
         right = verdict["predictions"] == verdict["references"]
     if not isinstance(right, bool):

@@ -34,6 +34,14 @@ def test_parts_count_alike_whatever_their_size(tmp_path: Path) -> None:
     assert [sample.correct for sample in score.samples] == [True, True, False, False, False]
 
 
+def test_runs_of_a_question_are_listed_by_some_scorers(tmp_path: Path) -> None:
+    details = [{"pred": ["2.5"], "answer": ["72"], "correct": [False]}, {"pred": ["10"], "answer": ["10"], "correct": [True]}]
+    score = collection.score(
+        tmp_path, [_part(tmp_path, "one", [("2.5", "#### 72"), ("10", "#### 10")], {"accuracy": 50.0, "details": details})]
+    )
+    assert [sample.correct for sample in score.samples] == [False, True]
+
+
 @pytest.mark.parametrize(
     "results",
     [
