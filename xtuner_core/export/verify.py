@@ -34,11 +34,12 @@ def logits(
     places = _places(model, tensors)
     if adapter:
         model = _with_adapter(model, adapter)
-    _read_on_use(places, dtype)
+    held = _read_on_use(places, dtype)
     rows = torch.zeros(len(probes), max(map(len, probes)), dtype=torch.long)
     for row, probe in zip(rows, probes, strict=True):
         row[: len(probe)] = torch.tensor(probe)
     found = model(input_ids=rows, use_cache=False).logits
+    held.clear()  # the model itself is a ring of references, which lives until the garbage is collected
     return [found[number, : len(probe)].float() for number, probe in enumerate(probes)]
 
 
@@ -86,17 +87,25 @@ def _source(name: str, model: PreTrainedModel, tensors: Tensors) -> Lazy | None:
     return next((tensors[one] for one in (name, *others) if one in tensors), None)
 
 
-def _read_on_use(places: Places, dtype: torch.dtype) -> None:
-    """Wherever a parameter is used, by its own module or by another, its numbers are read; those of the module used before are dropped."""
-    held: dict[tuple[int, str], torch.Tensor] = {}
+Held = dict[tuple[int, str], torch.Tensor]
+"""Module and parameter's name → its numbers."""
+
+
+def _read_on_use(places: Places, dtype: torch.dtype) -> Held:
+    """Wherever a parameter is used, by its own module or by another, its numbers are read; those of the module used before are dropped.
+
+    Returns what is held at any time.
+    """
+    held: Held = {}
     for module, name, lazy in places:
         parametrize.register_parametrization(module, name, _Reader((id(module), name), lazy, dtype, held), unsafe=True)
+    return held
 
 
 class _Reader(nn.Module):
     """Stands for a parameter: what torch calls a parametrization, a function of the (empty) parameter that gives its value."""
 
-    def __init__(self, key: tuple[int, str], lazy: Lazy, dtype: torch.dtype, held: dict[tuple[int, str], torch.Tensor]) -> None:
+    def __init__(self, key: tuple[int, str], lazy: Lazy, dtype: torch.dtype, held: Held) -> None:
         super().__init__()
         self._key, self._lazy, self._dtype, self._held = key, lazy, dtype, held
 

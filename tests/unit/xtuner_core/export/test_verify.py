@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
 from xtuner_core.errors import DataError
+from xtuner_core.export import verify
 from xtuner_core.export.tensors import Lazy, open_folder, write_folder
 from xtuner_core.export.verify import agreement, largest_difference, noted, require_bytes
 
@@ -62,3 +67,14 @@ def test_choices_agree_where_they_are_as_good() -> None:
     assert agreement(reference, other) == 0.5
     assert agreement(reference, other, tie=0.01) == 0.75
     assert largest_difference(reference, other) == 1.0
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
+    environment = {**os.environ, "PYTHONPATH": str(Path(verify.__file__).parents[2]), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(Path(__file__).with_name("verify_in_little_memory.py")), str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    took = json.loads(done.stdout.splitlines()[-1])
+    assert took["model"] > 1e9
+    assert took["grown"] <= 3 * took["largest"] + 300e6 < took["model"]
