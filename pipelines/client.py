@@ -63,7 +63,14 @@ def client(endpoint: Endpoint, server_log: Path) -> Iterator[OpenAI]:
             yield client
         except (openai.OpenAIError, json.JSONDecodeError) as error:
             log = f" The end of its log:\n{tail(server_log)}" if server_log.is_file() else ""
-            raise UserError(f"the chat server did not answer: {error}.{log}") from None
+            raise UserError(f"the chat server did not answer: {reason(error)}.{log}") from None
+
+
+def reason(error: Exception) -> str:
+    """What a server says of its refusal; the client's own words leave it out unless it is said in OpenAI's way."""
+    body = getattr(error, "body", None)
+    told = isinstance(body, str) or (isinstance(body, dict) and "message" not in body)
+    return f"{error}: {body}" if told else str(error)
 
 
 def ask(openai: OpenAI, request: Mapping[str, Any], model_dir: Path, show: Show = lambda text, thought: None) -> Reply:

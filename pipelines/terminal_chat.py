@@ -11,7 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipelines import chatters
 from pipelines.chatters import START_SECONDS, Request
-from pipelines.client import Reply, ask, client
+from pipelines.client import Reply, ask, client, reason
 from pipelines.prompt_template import template_name, with_template
 from pipelines.served_model import model_to_serve
 from pipelines.terminal_input import line_editing, read_message
@@ -94,7 +94,7 @@ def converse(model: Path, options: Options) -> None:
     if options.prompt_template:
         template_name(options.prompt_template)  # before an adapter is merged
     with ExitStack() as stack:
-        signal.signal(signal.SIGTERM, _terminate)
+        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminate))
         folder = _served(stack, model, options, tell)
         log = Path(stack.enter_context(TemporaryDirectory(prefix="xtuner-chat-")), "server.log")
         request = Request(folder, start_timeout=options.start_timeout, url=options.url)
@@ -134,7 +134,8 @@ def _talk(talk: Talk) -> None:
             _COMMANDS.get(command[1], _unknown)(talk, (command[2] or "").strip())
         elif typed:
             talk.turns.append({"role": "user", "content": text})
-            _respond(talk)
+            with suppress(KeyboardInterrupt):  # pressed just after the answer's end
+                _respond(talk)
 
 
 def _messages(tell: Console) -> Iterator[str]:
@@ -160,13 +161,16 @@ def _messages(tell: Console) -> Iterator[str]:
 
 
 def _respond(talk: Talk) -> None:
-    """Have the last message answered; one that is refused, or stopped before a word came, is forgotten."""
+    """Have the last message answered; one that is refused, or stopped before a word came, is forgotten. Nobody is there to ask again
+    behind a pipe: then a refusal ends the conversation with an error."""
     import openai
 
     try:
         reply = talk.answer(talk.messages())
     except openai.APIStatusError as error:
-        talk.tell.print(f"the server refuses this: {error}", style="red")
+        if not sys.stdin.isatty():
+            raise
+        talk.tell.print(f"the server refuses this: {reason(error)}", style="red")
         talk.turns.pop()
         return
     if not reply.text and reply.finish == _STOPPED:

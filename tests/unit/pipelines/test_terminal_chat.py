@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import io
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -45,3 +49,24 @@ def test_old_options_and_wrong_values(arguments: tuple[str, ...], reasons: tuple
     assert main(["chat", "somewhere", *arguments]) == 78
     told = capsys.readouterr()
     assert all(reason in told.err + told.out for reason in reasons)
+
+
+class _Refusing(BaseHTTPRequestHandler):
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        self.send_response(400)
+        self.send_header("Content-Length", "8")
+        self.end_headers()
+        self.wfile.write(b"too long")
+
+    def log_message(self, format: str, *args: object) -> None:
+        pass
+
+
+def test_behind_a_pipe_a_refused_question_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hi\n"))
+    with HTTPServer(("127.0.0.1", 0), _Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert main(["chat", "--url", f"http://127.0.0.1:{server.server_port}/v1#m"]) == 70
+        server.shutdown()
+    assert "the chat server did not answer: Error code: 400: too long." in capsys.readouterr().err
