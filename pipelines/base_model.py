@@ -21,7 +21,7 @@ from typing import Any
 from pipelines import processes
 from pipelines.recipe import Recipe, resolve_path
 from pipelines.stage import Log, Metrics, Stage, Work
-from xtuner_core.checkpoint.hf import complaint, make_portable, weight_files, weight_keys
+from xtuner_core.checkpoint.hf import complaint, make_portable, missing_files, weight_files, weight_keys
 from xtuner_core.durable import remove
 from xtuner_core.errors import RecipeError, StorageError
 
@@ -157,8 +157,17 @@ def _is_text(file: Path) -> bool:
 
 
 def _require_complete(folder: Path, name: str) -> None:
-    if wrong := complaint(folder):
+    if (wrong := complaint(folder)) and not _is_completed(folder):
         raise RecipeError(f"model.base: {name} {wrong}")
+
+
+def _is_completed(folder: Path) -> bool:
+    """InternLM2's folders lack tokenizer.json, which is made of tokenizer.model with their llama form."""
+    if missing_files(folder) != ["tokenizer.json"] or not (folder / "tokenizer.model").is_file():
+        return False
+    from xtuner_core.models.check import read_config
+
+    return read_config(folder / "config.json")["model_type"] == "internlm2"
 
 
 def take_folder(source: Path, folder: Path) -> None:

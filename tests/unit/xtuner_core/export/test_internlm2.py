@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
+from sentencepiece_model import PIECES, sentencepiece_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
 from pipelines import base_model
@@ -222,9 +223,13 @@ def test_control_tokens_keep_the_ids_they_were_trained_with(tiny_model_folder: P
         assert (read("<|im_start|>ab")["input_ids"], len(read)) == ([258, 259], 260)
 
 
-def test_it_can_be_a_recipe_s_base(tiny_model_folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("vocabulary", ["tokenizer.json", "tokenizer.model"])
+def test_it_can_be_a_recipe_s_base(vocabulary: str, tiny_model_folder: Path, tmp_path: Path) -> None:
     weights, config = folder_of("plain", tmp_path / "internlm2", tiny_model_folder)
     config["vocab_size"] = len(AutoTokenizer.from_pretrained(tiny_model_folder))
+    if vocabulary == "tokenizer.model":  # the form in which InternLM publishes it
+        (tmp_path / "internlm2" / "tokenizer.json").unlink()
+        (tmp_path / "internlm2" / "tokenizer.model").write_bytes(sentencepiece_model(PIECES))
     weights |= {name: torch.randn(config["vocab_size"], 48) for name in ("model.tok_embeddings.weight", "output.weight")}
     save_file(weights, tmp_path / "internlm2" / "model.safetensors", metadata={"format": "pt"})
     (tmp_path / "internlm2" / "config.json").write_text(json.dumps(config))
