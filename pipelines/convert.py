@@ -21,7 +21,7 @@ from pipelines.model_card import base_name, card, shown_recipe
 from pipelines.recipe import Recipe
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core import adapters, registry
-from xtuner_core.checkpoint.hf import complete_generation_config, copy_texts, license_of, weight_keys
+from xtuner_core.checkpoint.hf import complete_generation_config, copy_texts, header, license_of, weight_keys
 from xtuner_core.digest import sha256
 from xtuner_core.durable import write_bytes, write_json
 from xtuner_core.errors import DataError
@@ -68,7 +68,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     _require_same_template(work, model_dir)
     work.log(f"exported {model_dir.name}: " + ", ".join(f"{name} {value:.3g}" for name, value in checks.items()))
 
-    sizes = {"tensors": len(digests), "parameters": sum(math.prod(shape) for shape, _ in weight_keys(model_dir).values())}
+    sizes = _sizes(weight_keys(model_dir))
     _write_cards(recipe, work, {**_facts(recipe, work, checks), **sizes})
     return {**checks, **sizes}
 
@@ -261,11 +261,16 @@ def _told(recipe: Recipe, checks: Checks) -> dict[str, str]:
     return told
 
 
+def _sizes(described: Mapping[str, tuple[tuple[int, ...], str]]) -> dict[str, int]:
+    return {"tensors": len(described), "parameters": sum(math.prod(shape) for shape, _ in described.values())}
+
+
 def _write_cards(recipe: Recipe, work: Work, facts: Mapping[str, Any]) -> None:
     write_json(work.payload / "facts.json", facts)
-    for folder, relation in (("model", "finetune"), ("adapter", "adapter")):
-        if (work.payload / folder).is_dir():
-            write_bytes(work.payload / folder / "README.md", card(recipe, {**facts, "relation": relation}).encode())
+    write_bytes(work.payload / "model" / "README.md", card(recipe, facts).encode())
+    if (adapter := work.payload / "adapter").is_dir():
+        own = {"relation": "adapter", "dtype": "float32", **_sizes(header(adapter / "adapter_model.safetensors"))}
+        write_bytes(adapter / "README.md", card(recipe, {**facts, **own}).encode())
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

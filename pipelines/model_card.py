@@ -127,7 +127,7 @@ def _checked(facts: Facts) -> dict[str, Any]:
 def _use(facts: Facts) -> str:
     if facts["relation"] == "adapter":
         return _code("python", "from peft import AutoPeftModelForCausalLM", 'model = AutoPeftModelForCausalLM.from_pretrained("FOLDER")')
-    return "\n".join((
+    return "\n\n".join((
         _code(
             "python",
             "from transformers import pipeline",

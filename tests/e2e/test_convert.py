@@ -134,6 +134,7 @@ def test_the_cards_tell_base_data_and_checks(store: Store) -> None:
     assert headers["model"]["base_model"] == headers["adapter"]["base_model"] == LORA.model.base
     assert [headers[name]["base_model_relation"] for name in texts] == ["finetune", "adapter"]
     assert [headers[name]["library_name"] for name in texts] == ["transformers", "peft"]
+    assert "Weights in bfloat16" in texts["model"] and "Weights in float32" in texts["adapter"]
     (data,) = (sha256(path) for path in prepare.files_of(LORA))
     last_loss = f"{made('train', LORA, store).metrics['last_loss']:.4g}"
     for text in texts.values():
