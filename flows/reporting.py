@@ -15,6 +15,9 @@ from pipelines.figures import figure, gained
 from pipelines.pipeline import STAGES
 from pipelines.recipe import Recipe
 
+CHAT_FIGURES = ("passed", "total", "smoke_passed", "smoke_total", "first_token_seconds", "tokens_per_second", "why")
+"""What the JSON of a run says about its chat test."""
+
 
 def summarize(recipe: Recipe, results: Mapping[str, Result]) -> dict[str, Any]:
     """The run as JSON: stages, scores, differences with their intervals, gate, chat and whether all is well."""
@@ -27,7 +30,7 @@ def summarize(recipe: Recipe, results: Mapping[str, Result]) -> dict[str, Any]:
         "scores": {role: {name: one["values"][role] for name, one in datasets.items()} for role in verdict["roles"]},
         "differences": {name: one["differences"] for name, one in datasets.items()},
         "gate": verdict["gate"],
-        "chat": {"passed": chat["passed"], "total": chat["total"], "why": chat["why"]},
+        "chat": {name: chat[name] for name in CHAT_FIGURES},
         "ok": chat["ok"] and verdict["gate"]["passed"],
     }
 

@@ -31,29 +31,31 @@ def run(recipe: Recipe, work: Work) -> Metrics:
         RecipeError: the smoke test is unknown or wrong.
         UserError: the server did not start, ended or refused a question.
     """
-    config, model_dir = recipe.chat, work.inputs["model"] / "model"
-    prompts, samples = _smoke(config), _samples(recipe)
-    asked = [(one.conversation(), one.max_tokens) for one in prompts] + [(one.messages, config.max_tokens) for one in samples]
-    server_log = work.record / "server.log"
-    work.log(f"chat: {len(prompts)} smoke prompts, {len(samples)} held-out questions for {config.chatter}; its output is in {server_log}")
-    started = time.monotonic()
-    request = Request(model_dir, port=config.port, start_timeout=config.start_timeout, url=config.url)
-    with chatters.choose(config.chatter).serve(request, server_log, work.log) as endpoint, client(endpoint, server_log) as openai:
-        start_seconds = time.monotonic() - started
-        greedy = {"model": endpoint.model, "temperature": 0}
-        replies = [ask(openai, greedy | {"messages": messages, "max_tokens": limit}, model_dir) for messages, limit in asked]
-    result = judge(prompts, replies[: len(prompts)], samples, replies[len(prompts) :], config)
+    prompts, samples = _smoke(recipe.chat), _samples(recipe)
+    work.log(f"chat: {len(prompts)} smoke prompts and {len(samples)} held-out questions for {recipe.chat.chatter}")
+    asked = [(one.name, one.conversation(), one.max_tokens) for one in prompts]
+    asked += [(f"line {one.line}", list(one.messages), recipe.chat.max_tokens) for one in samples]
+    start_seconds, replies = _ask_all([(messages, limit) for _, messages, limit in asked], recipe.chat, work)
+    result = judge(prompts, replies[: len(prompts)], samples, replies[len(prompts) :], recipe.chat)
     write_json(work.payload / "chat.json", result)
-    late = [
-        f"smoke prompt {one.name} {reason}" for one, reply in zip(prompts, replies, strict=False) if (reason := slowness(one.expect, reply))
-    ]
+    late = [f"smoke prompt {one.name} {why}" for one, reply in zip(prompts, replies, strict=False) if (why := slowness(one.expect, reply))]
     speed = _speed(replies)
-    named = [*(one.name for one in prompts), *(f"line {one.line}" for one in samples)]
-    latency = [{"asked": name} | _times(reply) for name, reply in zip(named, replies, strict=True)]
-    write_json(work.record / "latency.json", {"start_seconds": start_seconds, **speed, "late": late, "answers": latency})
+    rows = [{"asked": name} | _times(reply) for (name, _, _), reply in zip(asked, replies, strict=True)]
+    write_json(work.record / "latency.json", {"start_seconds": start_seconds, **speed, "late": late, "answers": rows})
     metrics = result | speed | {"ok": result["ok"] and not late, "why": result["why"] + late} | _for_the_page(result)
     work.log(f"chat: {told(metrics)}")
     return metrics
+
+
+def _ask_all(asked: Sequence[tuple[list[dict[str, str]], int]], config: ChatConfig, work: Work) -> tuple[float, list[Reply]]:
+    """The seconds until the server was there, and its greedy answers to conversations, each with its longest length in tokens."""
+    model_dir, server_log = work.inputs["model"] / "model", work.record / "server.log"
+    request = Request(model_dir, port=config.port, start_timeout=config.start_timeout, url=config.url)
+    started = time.monotonic()
+    with chatters.choose(config.chatter).serve(request, server_log, work.log) as endpoint, client(endpoint, server_log) as openai:
+        start_seconds = time.monotonic() - started
+        greedy = {"model": endpoint.model, "temperature": 0}
+        return start_seconds, [ask(openai, greedy | {"messages": messages, "max_tokens": limit}, model_dir) for messages, limit in asked]
 
 
 def spread(samples: list[HeldOut], count: int) -> list[HeldOut]:
@@ -100,13 +102,8 @@ def _smoke_row(prompt: Prompt, reply: Reply) -> dict[str, Any]:
 
 def _answer_row(sample: HeldOut, reply: Reply) -> dict[str, Any]:
     correct = reply.text.strip() == sample.expected.strip()
-    return {
-        "messages": sample.messages,
-        "expected": sample.expected,
-        "answer": reply.text,
-        "finish": reply.finish,
-        "correct": correct,
-    }
+    shown = {"messages": sample.messages, "expected": sample.expected, "answer": reply.text, "finish": reply.finish}
+    return shown | {"correct": correct}
 
 
 def _heldout_failures(answers: Sequence[Mapping[str, Any]], config: ChatConfig) -> Iterator[str]:

@@ -89,8 +89,10 @@ def chat(
         from pipelines.terminal_chat import Options, converse
 
         converse(Path(target), Options(system, adapter, prompt_template, chatter, url, max_tokens, temperature, top_p, seed))
-    else:
-        run_stage("chat", target, overrides, store)
+        return
+    if given := [name for name, value in (("adapter", adapter), ("system", system), ("prompt-template", prompt_template)) if value]:
+        raise RecipeError(f"--{' --'.join(given)}: for a conversation with a model, and there is no folder {target}.")
+    run_stage("chat", target, overrides, store)
 
 
 def _refuse(old: Old | None) -> None:

@@ -41,6 +41,7 @@ def test_a_folder_that_is_no_adapter(tiny_model_folder: Path, tmp_path: Path) ->
         (("--bits", "4", "--lagent"), ("--bits: models are served in the precision", "--lagent: this chat runs no tools")),
         (("--no-streamer",), ("--no-streamer: answers always come as a stream",)),
         (("--top-k", "40"), ("--top-k: the chat protocol has no such field",)),
+        (("--system", "Be brief."), ("--system: for a conversation with a model, and there is no folder somewhere",)),
         (("--temperature", "-1"), ("Must be >= 0",)),
         (("--max-new-tokens", "0"), ("--max-new-tokens. Must be >",)),
     ],
