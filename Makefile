@@ -27,6 +27,7 @@ demo: env
 	$(BIN)/xtuner run $(RECIPE) --store $(STORE)
 
 test: env
+	@$(BIN)/xtuner env create lmdeploy --without-cuda $(if $(TORCH_INDEX_URL),--torch-index-url $(TORCH_INDEX_URL)) > /dev/null
 	$(PYTEST)
 
 test-fast: $(READY)

@@ -22,13 +22,17 @@ def model_to_serve(model: Path, adapter: Path | None = None) -> Iterator[Path]:
     if adapter is None:
         yield base
         return
-    if not (adapter / "adapter_config.json").is_file():
-        raise RecipeError(f"{adapter}: not an adapter folder. One holds adapter_config.json and adapter_model.safetensors.")
+    trained = _holding(adapter, "adapter_config.json", "adapter")
+    if trained is None:
+        raise RecipeError(
+            f"{adapter}: not an adapter folder, nor an artifact that holds one. One has adapter_config.json and "
+            "adapter_model.safetensors, like payload/adapter of a convert artifact."
+        )
     from xtuner_core.export.merge import merge
 
     with TemporaryDirectory(prefix="xtuner-merged-") as folder:
         merged = Path(folder, "model")
-        merge(base, [(adapter, 1.0)], merged)
+        merge(base, [(trained, 1.0)], merged)
         yield merged
 
 
@@ -38,10 +42,15 @@ def model_folder(path: Path) -> Path:
     Raises:
         RecipeError: none of them does.
     """
-    for folder in (path, path / "payload" / "model", path / "model"):
-        if (folder / "config.json").is_file():
-            return folder
+    if folder := _holding(path, "config.json", "model"):
+        return folder
     raise RecipeError(
         f"{path}: not a model folder, nor an artifact that holds one. A model folder has config.json, *.safetensors and "
         "tokenizer.json, like payload/model of a convert artifact."
     )
+
+
+def _holding(path: Path, file: str, name: str) -> Path | None:
+    """Which of `path` and the places where an artifact, or its payload, keeps `name` holds `file`."""
+    folders = (path, path / "payload" / name, path / name)
+    return next((folder for folder in folders if (folder / file).is_file()), None)

@@ -1,4 +1,4 @@
-"""LMDeploy itself, in its environment without CUDA: it knows what we pass, reads our folders, and asks as the model was trained."""
+"""LMDeploy itself, in its environment without CUDA, knows what we pass. (tests/parity/test_portable_folder.py: it reads our folders.)"""
 
 from __future__ import annotations
 
@@ -21,20 +21,6 @@ from lmdeploy.cli.cli import CLI
 from lmdeploy.cli.serve import SubCliServe
 SubCliServe.add_parsers()
 print(json.dumps(vars(CLI.parser.parse_args(sys.argv[1:])), default=str))
-"""
-
-READ = """
-import json, sys
-from lmdeploy.archs import get_model_arch
-from lmdeploy.model import get_chat_template
-from lmdeploy.pytorch.configurations import AutoModelConfigBuilder
-from lmdeploy.tokenizer import Tokenizer
-folder, messages = sys.argv[1], json.loads(sys.argv[2])
-architecture, config = get_model_arch(folder)
-read = AutoModelConfigBuilder.build(config, folder)
-tokens = Tokenizer(folder).encode(get_chat_template(folder).messages2prompt(messages), add_bos=False)
-told = dict(architecture=architecture, layers=read.num_layers, vocabulary=read.vocab_size, eos=read.eos_token_id, tokens=tokens)
-print(json.dumps(told))
 """
 
 
@@ -60,24 +46,6 @@ def test_it_answers_without_a_gpu(lmdeploy_python: Path) -> None:
     told = _in_lmdeploy(lmdeploy_python, "-m", "lmdeploy", "check_env").stdout
     assert "LMDeploy: 0.18.0" in told
     assert "CUDA available: " in told
-
-
-def test_it_reads_our_folder_and_asks_the_model_as_it_was_trained(lmdeploy_python: Path, tiny_model_folder: Path) -> None:
-    from transformers import AutoTokenizer
-
-    messages = [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": "With ünïcödé?"},
-        {"role": "assistant", "content": "Yes."},
-        {"role": "user", "content": "And now?"},
-    ]
-    done = _in_lmdeploy(lmdeploy_python, "-c", READ, str(tiny_model_folder), json.dumps(messages))
-    told = json.loads(done.stdout.splitlines()[-1])
-    config = json.loads((tiny_model_folder / "config.json").read_text())
-    assert (told["architecture"], told["layers"]) == (config["architectures"][0], config["num_hidden_layers"])
-    assert (told["vocabulary"], told["eos"]) == (config["vocab_size"], config["eos_token_id"])
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model_folder)
-    assert told["tokens"] == tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
 
 
 @pytest.mark.parametrize(("gpu", "why"), [(False, "none is visible"), (True, "environment is not built. Run `xtuner env create lmdeploy`")])
