@@ -102,6 +102,14 @@ def test_the_merge_is_pefts_rounded_once(base: Path, tmp_path: Path, name: str) 
     assert torch.equal(logits(load(made)), logits(expected))
 
 
+@pytest.mark.parametrize("name", ["lora", "dora"])
+def test_a_weight_that_is_merged_in_blocks(tmp_path: Path, name: str) -> None:
+    base = make_base(tmp_path / "base", Qwen2Config(**{**SIZES, "hidden_size": 512, "intermediate_size": 6150, "num_hidden_layers": 1}))
+    adapter = make_adapter(base, tmp_path / "adapter", r=16, target_modules=["up_proj", "down_proj"], use_dora=name == "dora")
+    merge(base, [(adapter, 1.0)], tmp_path / "merged")
+    require_bits(tmp_path / "merged", by_peft(base, adapter).state_dict(), torch.float32)
+
+
 @pytest.mark.parametrize("tied", [True, False])
 def test_an_embedding_that_was_saved_with_the_adapter_is_the_models(tmp_path: Path, tied: bool) -> None:
     base = make_base(tmp_path / "base", Qwen2Config(**SIZES, tie_word_embeddings=tied))

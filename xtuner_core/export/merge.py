@@ -12,13 +12,14 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
-from peft.tuners.lora.layer import ParamWrapper
+from peft.tuners.lora.layer import Linear, ParamWrapper
 from peft.tuners.trainable_tokens import TrainableTokensLayer
 from torch import nn
 from transformers import PreTrainedModel
@@ -33,6 +34,8 @@ from xtuner_core.export.tensors import Lazy, Tensors, finite, open_folder, write
 from xtuner_core.models.check import read_config, some
 from xtuner_core.progress import shown
 
+BLOCK = 1 << 20
+"""Numbers of a weight that are merged at a time."""
 Weighted = Sequence[tuple[Adapter, float]]
 """Adapters, and what the change that each makes is multiplied with."""
 
@@ -48,7 +51,8 @@ def merge(
 ) -> None:
     """Write base + Σ weight·change as the new Hugging Face folder `folder`, whole or not at all, with a progress bar on a terminal.
 
-    Tensors have `dtype`, or what they have in the base. Memory: three times the largest adapted tensor in fp32 (five times for DoRA).
+    Tensors have `dtype`, or what they have in the base. Memory: small blocks of a linear layer; of adapted experts and
+    embeddings four times the tensor in fp32.
     `quantized_base` nf4 quantizes the base and de-quantizes it again first, as method qlora saw it; auto does so for its adapters.
 
     Raises:
@@ -77,16 +81,13 @@ def merge(
 def published(base: Path, adapters: Weighted, dtype: torch.dtype | None, quantized: str, say: Callable[[str], None]) -> dict[str, Lazy]:
     """The tensors of the merged folder; reading one that holds NaN or infinity fails (for other arguments and errors see `merge`)."""
     stored, model = open_folder(base), open_model(base)
+    own = {name: tensor.dtype for name, tensor in stored.items()}
+    dtypes = {name: dtype if dtype and kind.is_floating_point else kind for name, kind in own.items()}
     seen = _seen_in_training(model, base, [adapter for adapter, _ in adapters], quantized, say)
     new = to_hugging_face(base, {**seen, **changes({**model, **seen}, base, adapters)})
-    usual = next(iter(stored.values())).dtype  # of a tensor that was tied to another
-
-    def kind(name: str) -> torch.dtype:
-        own = stored[name].dtype if name in stored else usual
-        return dtype if dtype and own.is_floating_point else own
-
     every = {name: tensor for name, tensor in stored.items() if name not in new} | new
-    return finite({name: tensor.to(kind(name)) for name, tensor in every.items()})
+    usual = next(iter(dtypes.values()))  # of a tensor that was tied to another
+    return finite({name: tensor.to(dtypes.get(name, usual)) for name, tensor in every.items()})
 
 
 def _seen_in_training(
@@ -220,6 +221,10 @@ def _saved_along(peft: _Unfilled, base: Tensors) -> dict[str, Lazy]:
     return {name: Lazy.of(tensor).to(torch.float32) for name, tensor in named.items() if name in base}
 
 
+def _lazy(shape: tuple[int, ...], blocks: Callable[[], Iterator[torch.Tensor]]) -> Lazy:
+    return Lazy(shape, torch.float32, lambda: _joined(blocks()), stream=lambda: (block.reshape(-1) for block in blocks()))
+
+
 def _changed(peft: _Unfilled, base: Tensors) -> Iterator[tuple[str, Lazy]]:
     """Every tensor that an adapter changes, in fp32."""
     for key, tensor in peft.numbers.items():
@@ -229,7 +234,7 @@ def _changed(peft: _Unfilled, base: Tensors) -> Iterator[tuple[str, Lazy]]:
         if isinstance(layer, LoraLayer | TrainableTokensLayer) and not getattr(layer, "tied_adapter", None):
             for parameter in _parameters(layer):
                 name = f"{_in_base(path)}.{parameter}"
-                yield name, Lazy(base[name].shape, torch.float32, partial(_merge_layer, layer, path, parameter, peft.numbers, base))
+                yield name, _lazy(base[name].shape, partial(_merge_layer, layer, path, parameter, peft.numbers, base))
 
 
 def _parameters(layer: LoraLayer | TrainableTokensLayer) -> list[str]:
@@ -239,17 +244,43 @@ def _parameters(layer: LoraLayer | TrainableTokensLayer) -> list[str]:
     return ["weight", "bias"] if any(getattr(layer, "lora_bias", {}).values()) else ["weight"]
 
 
-@torch.no_grad()
-def _merge_layer(layer: Any, path: str, parameter: str, numbers: dict[str, torch.Tensor], base: Tensors) -> torch.Tensor:
+def _merge_layer(layer: Any, path: str, parameter: str, numbers: dict[str, torch.Tensor], base: Tensors) -> Iterator[torch.Tensor]:
+    """The parameter after peft's merge, some rows at a time."""
     layer = copy.deepcopy(layer)  # has no numbers yet
-    wrapped = layer.get_base_layer()
-    for name in _parameters(layer):
-        original = base[f"{_in_base(path)}.{name}"].read().to(torch.float32, copy=True)  # peft adds in place
-        setattr(wrapped, name, nn.Parameter(original, requires_grad=False))
+    originals = {name: base[f"{_in_base(path)}.{name}"].read() for name in _parameters(layer)}
     own = {key: numbers[f"{path}.{key}"].float() for key in layer.state_dict() if _ADAPTER.search(key)}
-    layer.load_state_dict(own, strict=False, assign=True)
+    for rows in _blocks(layer, originals[parameter]):
+        yield _merge_rows(layer, parameter, originals, own, rows)
+
+
+def _blocks(layer: Any, parameter: torch.Tensor) -> list[slice]:
+    """Rows of a linear layer that are merged at a time: what fits a cache is faster, and takes no memory; of other layers all.
+
+    Never fewer than 64 if there are as many: products with a few rows are summed in another order than those with all.
+    """
+    if not isinstance(layer, Linear) or layer.fan_in_fan_out:
+        return [slice(None)]
+    count = max(1, min(parameter.numel() // BLOCK, len(parameter) // 64))
+    return [slice(*ends) for ends in pairwise(len(parameter) * number // count for number in range(count + 1))]
+
+
+@torch.no_grad()
+def _merge_rows(layer: Any, parameter: str, originals: dict[str, torch.Tensor], own: dict[str, torch.Tensor], rows: slice) -> torch.Tensor:
+    wrapped = layer.get_base_layer()
+    for name, original in originals.items():
+        setattr(wrapped, name, nn.Parameter(original[rows].to(torch.float32, copy=True), requires_grad=False))  # peft adds in place
+    for key, tensor in own.items():
+        owner, _, name = key.rpartition(".")
+        part = tensor if "lora_A" in key or rows == slice(None) else tensor[rows]
+        setattr(layer.get_submodule(owner), name, nn.Parameter(part, requires_grad=False))
     layer.merge(adapter_names=sorted(layer._get_available_adapters(), key=_number))
+    layer.merged_adapters.clear()
     return getattr(wrapped, parameter).data
+
+
+def _joined(blocks: Iterator[torch.Tensor]) -> torch.Tensor:
+    found = list(blocks)
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def _number(name: str) -> int:
