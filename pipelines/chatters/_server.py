@@ -102,15 +102,16 @@ def usable_port(port: int | None, host: str = LOOPBACK) -> int:
     """`port`, or a free one if it is None.
 
     Raises:
-        RecipeError: another process has it, or we may not use it.
+        RecipeError: another process has it, we may not use it, or there is no such address here.
     """
     with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port or 0))
-        except OSError as error:
+        except (OSError, OverflowError, UnicodeError) as error:
+            reason = getattr(error, "strerror", None) or str(error)
             raise RecipeError(
-                f"port {port or '(any)'} on {host} cannot be used: {error.strerror}{_holder(port)}. Choose another one "
+                f"port {port or '(any)'} on {host} cannot be used: {reason}{_holder(port)}. Choose another one "
                 "(--port, or chat.port of the recipe), or leave it out to get a free one; the address must be one of this machine."
             ) from None
         return probe.getsockname()[1]

@@ -123,6 +123,12 @@ def test_a_port_in_use_is_told_with_who_holds_it(serve: Serve, tmp_path: Path) -
     assert not (tmp_path / "family").exists()
 
 
+@pytest.mark.parametrize(("port", "host"), [(70000, "127.0.0.1"), (None, "192.0.2.1"), (None, "a." * 200), (None, "no such host")])
+def test_an_address_that_cannot_be_ours_is_told(port: int | None, host: str) -> None:
+    with pytest.raises(RecipeError, match=r"cannot be used: .*the address must be one of this machine"):
+        usable_port(port, host)
+
+
 class Healthy(BaseHTTPRequestHandler):
     """What another program may answer on our port."""
 

@@ -11,8 +11,8 @@ from pipelines.chatters import vllm
 from xtuner_core.errors import RecipeError
 
 KNOWN = {"--served-model-name", "--host", "--port", "--allowed-origins"}
-"""Of `vllm serve MODEL`: FrontendArgs (vllm/entrypoints/openai/cli_args.py) and EngineArgs (vllm/engine/arg_utils.py) of vLLM's main
-branch at 0052233; the origins are JSON there. In vLLM 0.9's documented list of `vllm serve` they are the same."""
+"""Of `vllm serve MODEL`, from vLLM's source: the first in vllm/engine/arg_utils.py, the others in vllm/entrypoints/openai/cli_args.py at
+commit 0052233, where the origins are JSON."""
 
 
 def test_it_is_given_only_arguments_that_it_knows(tmp_path: Path) -> None:
