@@ -42,9 +42,9 @@ def supervise(command: list[str], grace: float) -> int:
     """
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
-    # A session of its own: a signal to its group does not reach us.
-    program = subprocess.Popen(command, start_new_session=True, preexec_fn=partial(_in_program, os.getpid())).pid
-    deadline = None
+    # A session of its own: a signal to its group does not reach us. (Kept in a variable: a Popen that goes may collect the exit status.)
+    started = subprocess.Popen(command, start_new_session=True, preexec_fn=partial(_in_program, os.getpid()))
+    program, deadline = started.pid, None
     while (status := _reap(program)) is None:
         received = signal.sigtimedwait(_AWAITED, 60 if deadline is None else max(0, deadline - time.monotonic()))
         if received is not None and received.si_signo != signal.SIGCHLD:
