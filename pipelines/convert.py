@@ -39,7 +39,7 @@ MIN_AGREEMENT = 0.99
 (a tie: half the positions of a random model, a few of a trained one), either of them counts as kept."""
 PROBES = 8
 PROBE_TOKENS = 64
-"""The checks run on the ends of so many training samples: every weight is used, and a pass takes no longer than reading the weights."""
+"""The checks of logits run on so many training samples, and on so many of their last tokens."""
 Checks = dict[str, float]
 
 
