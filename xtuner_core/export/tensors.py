@@ -51,7 +51,7 @@ class Lazy:
 
     @classmethod
     def stored(cls, shape: tuple[int, ...], dtype: torch.dtype, *extents: Extent) -> Lazy:
-        """A tensor that lies in files; what is read of a single range is mapped memory, which counts as used only while it is."""
+        """A tensor that lies in files; what is read of a single range is mapped memory, which is given back with the tensor."""
         return cls(shape, dtype, partial(_read, shape, dtype, extents), extents, partial(_stream, dtype, extents))
 
     @property
@@ -66,7 +66,7 @@ class Lazy:
         return Lazy(self.shape, dtype, lambda: self.read().to(dtype), stream=lambda: (part.to(dtype) for part in self.pieces()))
 
     def pieces(self) -> Iterator[torch.Tensor]:
-        """Its numbers in their order, flat and a few at a time: what is written takes no memory twice. Each is valid until the next."""
+        """Its numbers in their order, flat and a few at a time, each piece valid until the next. What must be computed whole is at once."""
         return self.stream() if self.stream else iter(self.read().reshape(-1).split(PIECE))
 
 
@@ -163,7 +163,6 @@ _DTYPES = {
 """By their name in a safetensors file, in the order in which the library lays tensors out."""
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
-PATTERN = "model{suffix}.safetensors"
 PIECE = 1 << 20
 """Numbers (or bytes) that are handled at once where a whole tensor need not be: they fit into a processor's cache."""
 
@@ -226,7 +225,10 @@ def write_folder(tensors: Tensors, folder: Path, max_shard_size: str = "5GB", wr
 def _split(tensors: Tensors, max_shard_size: str) -> StateDictSplit:
     try:
         return split_state_dict_into_shards_factory(
-            dict(tensors), get_storage_size=lambda tensor: tensor.bytes, filename_pattern=PATTERN, max_shard_size=max_shard_size
+            dict(tensors),
+            get_storage_size=lambda one: one.bytes,
+            filename_pattern="model{suffix}.safetensors",
+            max_shard_size=max_shard_size,
         )
     except ValueError as error:
         raise RecipeError(f"max_shard_size: {error}") from None

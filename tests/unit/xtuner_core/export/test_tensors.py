@@ -94,6 +94,25 @@ def test_a_cast_rounds_once_and_an_equal_type_changes_nothing(tmp_path: Path) ->
     assert stored.to(torch.float32) is stored
 
 
+def test_what_is_written_in_pieces_is_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of numbers in a file, in two, and in memory; cast and checked on the way, and a fault in a late piece is found."""
+    monkeypatch.setattr(module, "PIECE", 7)
+    tensor = torch.randn(9, 5)
+    for rows, name in ((tensor[:4], "a"), (tensor[4:], "b"), (tensor, "whole")):
+        write_file(tmp_path / name, {"x": Lazy.of(rows)})
+    halves = [extent for name in "ab" for extent in open_file(tmp_path / name)["x"].extents]
+    for lazy in (open_file(tmp_path / "whole")["x"], Lazy.stored((9, 5), torch.float32, *halves), Lazy.of(tensor)):
+        one = finite({"x": lazy.to(torch.bfloat16)})["x"]
+        assert max(part.numel() for part in one.pieces()) == 7
+        assert same(torch.cat([part.clone() for part in one.pieces()]).view(9, 5), tensor.bfloat16()) and same(
+            one.read(), tensor.bfloat16()
+        )
+        write_file(tmp_path / "written", {"x": one})
+        assert same(load_file(tmp_path / "written")["x"], tensor.bfloat16())
+    with pytest.raises(DataError, match="tensor x holds NaN"):
+        write_file(tmp_path / "written", finite({"x": Lazy.of(tensor.index_fill(0, torch.tensor(8), float("nan")))}))
+
+
 def test_changing_what_was_read_leaves_the_file_alone(tmp_path: Path) -> None:
     write_file(tmp_path / "a", {"a": Lazy.of(torch.ones(3))})
     open_file(tmp_path / "a")["a"].read().zero_()
