@@ -7,22 +7,25 @@ record/<evaluator>/     the evaluator's own settings, logs and summary
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
-from urllib.parse import urldefrag
+from urllib.parse import urldefrag, urlsplit
 
 from pipelines import chatters, evaluators
 from pipelines.chatters import Endpoint, Request
+from pipelines.environments import KNOWN, pinned_versions
 from pipelines.evaluators import METRICS, OTHER, DatasetScore, Kind
 from pipelines.recipe import EvalDataset, Recipe
 from pipelines.stage import Metrics, Stage, Work
 from pipelines.suites import Chosen, chosen
 from xtuner_core import registry
 from xtuner_core.data.templates import OWN
+from xtuner_core.digest import library_version
 from xtuner_core.durable import write_bytes, write_json
 from xtuner_core.errors import DataError, RecipeError
 
@@ -36,7 +39,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
 
     Raises:
         RecipeError: unknown suite or kind of data set.
-        DataError: bad held-out data, or an evaluator failed.
+        DataError: bad held-out data, an evaluator failed, or a figure is not a number.
         StorageError: an evaluator's environment cannot be built.
     """
     asked, found = chosen(recipe.eval), {}
@@ -46,11 +49,20 @@ def run(recipe: Recipe, work: Work) -> Metrics:
             folder = work.record / name
             folder.mkdir()
             found |= _module(name).evaluate(model_dir, datasets, recipe.eval, endpoint, folder, work.log)
-    scores = {one.dataset.name: found[one.dataset.name] for one in asked}
+    scores = {one.dataset.name: _sound(one.dataset.name, found[one.dataset.name]) for one in asked}
     write_json(work.payload / "scores.json", {"datasets": {one.dataset.name: _as_json(one, scores[one.dataset.name]) for one in asked}})
     for name, score in scores.items():
         work.log(f"{name}: {told(score)}")
     return {"scores": {name: score.value for name, score in scores.items()}}
+
+
+def _sound(name: str, score: DatasetScore) -> DatasetScore:
+    """What is not a number compares with nothing, and what was not asked has no figure."""
+    if not score.samples and score.reported is None:
+        raise DataError(f"data set {name}: no sample was asked.")
+    if not all(math.isfinite(figure) for figure in (score.value, *(sample.score for sample in score.samples))):
+        raise DataError(f"data set {name}: its {score.metric} is {score.value}, which is no figure. The model or the data set is damaged.")
+    return score
 
 
 def with_template(model_dir: Path, template: str | None, folder: Path) -> Path:
@@ -77,7 +89,8 @@ def _has_template(model_dir: Path) -> bool:
 def _endpoint(recipe: Recipe, model_dir: Path, work: Work) -> Iterator[Endpoint | None]:
     """Where the model is served while it is judged; None if nothing asks a server.
 
-    At a URL the model is asked for by its folder, as `transformers serve` loads models, unless the URL ends in #NAME.
+    At a URL the model is asked for by its folder, as `transformers serve` loads models. (`settings` refuses a URL that ends in #NAME, the
+    name of the only model that it would then judge.)
     """
     if not _asks_server(recipe):
         yield None
@@ -93,9 +106,52 @@ def _endpoint(recipe: Recipe, model_dir: Path, work: Work) -> Iterator[Endpoint 
 def _asks_server(recipe: Recipe) -> bool:
     """RecipeError if the engine is none."""
     engine = recipe.eval.engine
-    if engine not in (IN_PROCESS, SERVED) and not engine.startswith(("http://", "https://")):
+    if engine not in (IN_PROCESS, SERVED) and not _is_url(engine):
         raise RecipeError(f"eval.engine: {engine!r} is neither {IN_PROCESS}, {SERVED} nor the URL of an OpenAI API.")
     return engine != IN_PROCESS and any(kinds()[one.dataset.kind].served for one in chosen(recipe.eval))
+
+
+def _is_url(text: str) -> bool:
+    try:
+        return urlsplit(text).scheme in ("http", "https") and bool(urlsplit(text).hostname)
+    except ValueError:
+        return False
+
+
+def _server(recipe: Recipe) -> dict[str, Any]:
+    """Which server answers, as far as that can be known.
+
+    Raises:
+        RecipeError: it would answer for base and tuned model alike, or its URL holds a secret, which would be written down.
+    """
+    engine = recipe.eval.engine
+    if engine == SERVED:
+        if recipe.chat.chatter == "openai":
+            raise _one_for_all("a server that runs already (chatter openai)")
+        return {"engine": engine, **_chatter(recipe.chat.chatter)}
+    url = urlsplit(engine)
+    if url.username or url.query:
+        raise RecipeError(f"eval.engine: the URL must hold no user, password or query; a key belongs into the environment as {KEY}.")
+    if url.fragment:
+        raise _one_for_all(f"the one model {url.fragment}")
+    return {"engine": engine}
+
+
+def _one_for_all(model: str) -> RecipeError:
+    return RecipeError(
+        f"eval.engine: base and tuned model would both be asked of {model}, and the verdict would compare it with itself. Use "
+        f"{IN_PROCESS}, {SERVED} with a chatter that starts a server, or the URL (without #NAME) of one that loads models by folder."
+    )
+
+
+def _chatter(name: str) -> dict[str, Any]:
+    """The chatter that `name` means on this machine, and its software."""
+    name = chatters.choose(name).__name__.rpartition(".")[2] if name == "auto" else name
+    pins = pinned_versions(KNOWN[name].constraints) if name in KNOWN else {}
+    return {
+        "chatter": name,
+        "software": {one: pins.get(one) or library_version(one) for one in (name, "torch", "tokenizers", "transformers")},
+    }
 
 
 def told(score: DatasetScore) -> str:
@@ -156,9 +212,8 @@ def _by_evaluator(asked: tuple[Chosen, ...]) -> dict[str, list[EvalDataset]]:
 def settings(recipe: Recipe) -> dict[str, Any]:
     """What decides the answers; not the files' paths (their contents count) and not the timeout."""
     asked = chosen(recipe.eval)
-    engine = {"engine": recipe.eval.engine} | ({"chatter": recipe.chat.chatter} if recipe.eval.engine == SERVED else {})
     return {
-        **(engine if _asks_server(recipe) else {}),
+        **(_server(recipe) if _asks_server(recipe) else {}),
         "datasets": [one.dataset.model_dump(exclude={"path"}) | {"suite": one.suite} for one in asked],
         "versions": {name: _module(name).versions() for name in _by_evaluator(asked)},
         "template": recipe.model.template,
@@ -189,7 +244,11 @@ def _files(dataset: EvalDataset) -> list[Path]:
     path = Path(dataset.path)
     if not path.exists():
         raise DataError(f"{path}: no such file. Correct the path of data set {dataset.name} in the recipe or suite.")
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+    if path.is_dir() != kinds()[dataset.kind].folder:
+        wanted, found = ("a folder", "a file") if path.is_file() else ("a file", "a folder")
+        raise DataError(f"{path}: kind {dataset.kind} needs {wanted}, and this is {found}. Correct the path of data set {dataset.name}.")
+    found = (Path(folder, name) for folder, _, names in os.walk(path, followlinks=True) for name in names)
+    return sorted(file for file in found if file.is_file()) if path.is_dir() else [path]
 
 
 STAGE = Stage(name="eval", version=2, run=run, settings=settings, files=files)

@@ -19,6 +19,8 @@ class Kind:
     about: str
     """In a line, for `xtuner list-suites`."""
     needs_path: bool = True
+    folder: bool = False
+    """The path is a folder, not a file."""
     served: bool = False
     """It can be asked of a server (`eval.engine`); the others run in this machine's memory."""
 

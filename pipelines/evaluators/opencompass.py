@@ -23,7 +23,9 @@ KINDS = {
     "qa": Kind("conversations, or columns question and answer; the share of answers that equal the expected text", served=True),
     "mcq": Kind("questions with choices A, B, ...; the share of answers whose letter is right", served=True),
     "ppl": Kind("questions with choices A, B, ...; how often the right one has the lowest perplexity, in OpenCompass' terms"),
-    "collection": Kind("a data set of OpenCompass' own collection by its name; path is the folder with OpenCompass' data", served=True),
+    "collection": Kind(
+        "a data set of OpenCompass' own collection by its name; path is the folder with OpenCompass' data", folder=True, served=True
+    ),
 }
 ENVIRONMENT = "opencompass"
 
