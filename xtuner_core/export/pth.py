@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from xtuner_core.checkpoint.hf import complaint, copy_texts
+from xtuner_core.checkpoint.hf import complaint, copy_texts, missing_files
 from xtuner_core.durable import drafted
 from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.export import torch_files
@@ -19,7 +19,7 @@ from xtuner_core.export.deepspeed import open_zero
 from xtuner_core.export.pth_adapter import write_adapter
 from xtuner_core.export.pth_names import LAYER_WRAPPERS, prefixes
 from xtuner_core.export.tensors import Lazy, Tensors, open_folder, write_folder
-from xtuner_core.models.check import BENIGN, read_config, require_finite, require_own_tensors, some
+from xtuner_core.models.check import BENIGN, is_finite, read_config, require_own_tensors, some
 from xtuner_core.progress import shown
 
 Log = Callable[[str], None]
@@ -78,21 +78,30 @@ def _write_model(
     wanted = _open_base(Path(base))
     prefix, fitted = _fit(tensors, wanted, source)
     log(f"{source.name}: {len(fitted)} tensors of a whole model" + (f", named {prefix}…" if prefix else ""))
-    typed = {name: tensor.to(dtype or wanted[name].dtype) for name, tensor in fitted.items()}
+    typed = {name: _finite(name, tensor.to(dtype or wanted[name].dtype), source) for name, tensor in fitted.items()}
     folder.mkdir()
     with shown(sum(tensor.bytes for tensor in typed.values())) as wrote:
         write_folder(typed, folder, max_shard_size, wrote)
     copy_texts(Path(base), folder, str(dtype)[6:] if dtype else None)
-    require_finite(folder)
     if _is_known(read_config(folder / "config.json")["model_type"]):
         require_own_tensors(folder)
+
+
+def _finite(name: str, tensor: Lazy, source: Path) -> Lazy:
+    def read() -> torch.Tensor:
+        found = tensor.read()
+        if not is_finite(found):
+            raise DataError(f"{source}: NaN or infinity in {name} as {tensor.dtype}. Take an earlier checkpoint, or --dtype float32.")
+        return found
+
+    return Lazy(tensor.shape, tensor.dtype, read)
 
 
 def _open_base(folder: Path) -> Tensors:
     if not folder.is_dir():
         raise RecipeError(f"--base: {folder}: there is no such folder.")
-    if (wrong := complaint(folder)) and "tokenizer.json missing" not in wrong:  # an older model has a tokenizer of another form
-        raise RecipeError(f"--base: {folder} {wrong}")
+    if missing_files(folder) not in ([], ["tokenizer.json"]):  # an older model has a tokenizer of another form
+        raise RecipeError(f"--base: {folder} {complaint(folder)}")
     weights = open_folder(folder)
     if odd := [f"{name} ({tensor.dtype})" for name, tensor in weights.items() if not tensor.dtype.is_floating_point]:
         raise RecipeError(f"--base: {folder}: is quantized: {some(odd)}. Name the model it was made from.")

@@ -65,7 +65,8 @@ def _reason(path: Path, error: Exception) -> str:
             f"the file names {named[1]}, which is neither a tensor nor a plain value: to read it, that code would have to run. "
             "Save the tensors alone where you trust the file: torch.save(model.state_dict(), NEW_FILE)."
         )
-    start = path.read_bytes()[:24]
+    with open(path, "rb") as file:
+        start = file.read(24)
     if not start:
         return "the file is empty. Copy it again."
     if start.isascii() and start[:1] in (b"<", b"{", b"v", b"#"):
