@@ -88,7 +88,7 @@ class Terminal:
 def _terminal(model: Path, *options: str) -> Iterator[Terminal]:
     """The command in a pseudo-terminal of its own, up to its first prompt; its history is kept beside the model."""
     ours, its = pty.openpty()
-    env = _environment(model) | {"TERM": "xterm"}
+    env = os.environ | {"TERM": "xterm", "XDG_STATE_HOME": str(model.parent / "state")}
     process = subprocess.Popen(
         [sys.executable, "-c", _OWN_TERMINAL, *CHAT, str(model), *options], cwd=ROOT, env=env, stdin=its, stdout=its, stderr=its
     )
@@ -107,14 +107,8 @@ _OWN_TERMINAL = "import os, sys, fcntl, termios; os.setsid(); fcntl.ioctl(0, ter
 """Then Ctrl-C in it becomes a signal, as in a real one."""
 
 
-def _environment(model: Path) -> dict[str, str]:
-    """What a killed conversation leaves behind is cleared away with the test's folders."""
-    return os.environ | {"TMPDIR": str(model.parent), "XDG_STATE_HOME": str(model.parent / "state")}
-
-
-def _piped(model: Path, typed: str, *options: str) -> subprocess.CompletedProcess[str]:
-    command = [*CHAT, str(model), *options]
-    return subprocess.run(command, input=typed, capture_output=True, text=True, cwd=ROOT, env=_environment(model), check=False, timeout=300)
+def _piped(typed: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([*CHAT, *arguments], input=typed, capture_output=True, text=True, cwd=ROOT, check=False, timeout=300)
 
 
 def _until(condition: Callable[[], object], seconds: float) -> bool:
@@ -203,15 +197,6 @@ def test_control_c_stops_the_answer_and_twice_the_conversation(endless: Path) ->
         assert _gone(servers)
 
 
-def test_no_server_outlives_a_killed_conversation(endless: Path) -> None:
-    with _terminal(endless, "--max-tokens", "4000") as terminal:
-        servers = _children(terminal)
-        terminal.type("parcel\r")
-        terminal.read_until("ship")
-        terminal.process.kill()
-        assert _gone(servers)
-
-
 def test_sigterm_ends_the_conversation_even_while_an_answer_comes(endless: Path) -> None:
     with _terminal(endless, "--max-tokens", "4000") as terminal:
         servers = _children(terminal)
@@ -224,36 +209,40 @@ def test_sigterm_ends_the_conversation_even_while_an_answer_comes(endless: Path)
 
 
 def test_through_pipes_only_answers_come_out(learned: Path) -> None:
-    done = _piped(learned / "model", "parcel\n\nreset\n/system\nrefund\nexit\nparcel\n")
+    done = _piped("parcel\n\nreset\n/system\nrefund\nexit\nparcel\n", str(learned / "model"))
     assert (done.returncode, done.stdout) == (0, "shipping desk\nbilling\n")
     assert "(forgotten)\n(no system prompt)\n" in done.stderr
     assert "\x1b" not in done.stderr
 
 
 def test_with_an_adapter_the_merged_model_answers(learned: Path, adapter: Path) -> None:
-    done = _piped(learned, "parcel\n", "--adapter", str(adapter))  # the artifact's folder will do, as well as the model's in it
+    done = _piped("parcel\n", str(learned), "--adapter", str(adapter))  # the artifact's folder will do, as well as the model's in it
     assert (done.returncode, done.stdout) == (0, "returns\n")
 
 
 def test_an_adapter_of_another_base_is_one_message(adapter: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     create_from_preset("qwen3-moe-tiny", other, seed=0)
-    done = _piped(other, "parcel\n", "--adapter", str(adapter))
+    done = _piped("parcel\n", str(other), "--adapter", str(adapter))
     assert (done.returncode, done.stdout) == (65, "")
     assert re.search(r"error: .*adapter", done.stderr) and "Traceback" not in done.stderr
 
 
-def test_a_server_that_runs_already(learned: Path, tmp_path: Path) -> None:
-    with serve(Request(learned / "model"), tmp_path / "log", print) as endpoint:
-        command = [*CHAT, "--url", f"{endpoint.base_url}#{endpoint.model}"]
-        done = subprocess.run(command, input="refund\n", capture_output=True, text=True, cwd=ROOT, check=False, timeout=300)
+@pytest.fixture(scope="module")
+def address(learned: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """Of a server that runs already."""
+    with serve(Request(learned / "model"), tmp_path_factory.mktemp("server") / "log", print) as endpoint:
+        yield f"{endpoint.base_url}#{endpoint.model}"
+
+
+def test_a_server_that_runs_already(address: str) -> None:
+    done = _piped("refund\n", "--url", address)
     assert (done.returncode, done.stdout) == (0, "billing\n")
 
 
-def test_temperature_is_honoured_and_the_seed_repeats_an_answer(learned: Path) -> None:
-    sampled = ("--max-new-tokens", "12", "--temperature", "2", "--top-p", "0.95")
-    answers = _piped(learned / "model", "parcel\nreset\n" * 5, *sampled).stdout.splitlines()
+def test_temperature_is_honoured_and_the_seed_repeats_an_answer(address: str) -> None:
+    sampled = ("--url", address, "--max-new-tokens", "12", "--temperature", "2", "--top-p", "0.95")
+    answers = _piped("parcel\nreset\n" * 5, *sampled).stdout.splitlines()
     assert len(set(answers)) > 1, "the sampled answers are all the same: the server ignored the temperature"
-    answers = _piped(learned / "model", "parcel\nreset\n" * 2, *sampled, "--seed", "7").stdout.split("\n")
-    half = len(answers) // 2
-    assert answers[:half] == answers[half : 2 * half], "the seed was ignored"
+    answers = _piped("parcel\nreset\n" * 2, *sampled, "--seed", "7").stdout
+    assert answers[: len(answers) // 2] == answers[len(answers) // 2 :], "the seed was ignored"
