@@ -163,8 +163,8 @@ _DTYPES = {
 """By their name in a safetensors file, in the order in which the library lays tensors out."""
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _ORDER = {dtype: place for place, dtype in enumerate(_NAMES)}
-PIECE = 1 << 20
-"""Numbers (or bytes) that are handled at once where a whole tensor need not be: they fit into a processor's cache."""
+PIECE = 1 << 22
+"""Numbers (or bytes) that are handled at once where a whole tensor need not be; with fewer, the calls cost more than the work."""
 
 
 def finite(tensors: Tensors) -> dict[str, Lazy]:
