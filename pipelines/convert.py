@@ -21,7 +21,7 @@ from pipelines.model_card import base_name, card, shown_recipe
 from pipelines.recipe import Recipe
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core import adapters, registry
-from xtuner_core.checkpoint.hf import complete_generation_config, copy_texts, header, license_of, weight_keys
+from xtuner_core.checkpoint.hf import copy_texts, header, license_of, weight_keys
 from xtuner_core.digest import sha256
 from xtuner_core.durable import write_bytes, write_json
 from xtuner_core.errors import DataError
@@ -50,6 +50,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
         DataError: a check failed; names the check, the tensor or the figure.
         RecipeError: the base's config or tokenizer is missing or damaged.
     """
+    from xtuner_core.export.run import complete
     from xtuner_core.export.verify import logits
 
     base_dir, model_dir, probes = work.inputs["base"] / "model", work.payload / "model", _probes(work)
@@ -61,7 +62,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
         reference, checks = logits(base_dir, whole, probes), {}
 
     digests = _write(recipe, work, base_dir, whole)
-    _complete(work, base_dir, model_dir)
+    complete(model_dir, _described(work)["template"])
 
     _require_same_keys(base_dir, model_dir)
     checks |= _read_back(recipe, model_dir, digests, reference, probes)
@@ -89,15 +90,9 @@ def _trained(recipe: Recipe, work: Work, base_dir: Path) -> Tensors:
 
 def _require_fit(recipe: Recipe, base_dir: Path, trained: Tensors) -> None:
     """The checkpoint must have exactly the tensors that this recipe trains of this base; peft and torch overlook missing ones."""
-    import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from xtuner_core.export.run import differences
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_dir, local_files_only=True))
-        registry.find(adapters, recipe.train.method).prepare(model, recipe.train, recipe.seed)
-    expected = {name: tuple(parameter.shape) for name, parameter in model.named_parameters() if parameter.requires_grad}
-    found = {name: tensor.shape for name, tensor in trained.items()}
-    if wrong := sorted(name for name in expected | found if expected.get(name) != found.get(name)):
+    if wrong := differences(trained, recipe.train, base_dir):
         raise DataError(f"the checkpoint was trained with another base model or method; it differs in {', '.join(wrong[:5])}.")
 
 
@@ -182,18 +177,6 @@ def _require_same_keys(base_dir: Path, model_dir: Path) -> None:
     if before != after:
         wrong = sorted(name for name in before | after if before.get(name) != after.get(name))
         raise DataError(f"the exported tensors differ from the base model's in name or shape: {', '.join(wrong[:5])}.")
-
-
-def _complete(work: Work, base_dir: Path, model_dir: Path) -> None:
-    """The chat template, if the base has none, and a generation config that ends answers where training did."""
-    from xtuner_core.data.render import find_template, has_own_template, stop_token
-    from xtuner_core.data.tokenize import load_tokenizer
-
-    template, tokenizer = _described(work)["template"], load_tokenizer(base_dir)
-    if not has_own_template(model_dir):
-        write_bytes(model_dir / "chat_template.jinja", (find_template(template).JINJA or "").encode())
-    stop = tokenizer.control.get(stop_token(template, base_dir, tokenizer) or "")
-    complete_generation_config(model_dir, [] if stop is None else [stop])
 
 
 def _require_same_template(work: Work, model_dir: Path) -> None:

@@ -135,7 +135,8 @@ def write_model(trained: Trained, folder: Path, dtype: torch.dtype | None, max_s
             with shown(sum(tensor.bytes for tensor in tensors.values())) as wrote:
                 write_folder(tensors, draft, max_shard_size, wrote)
             copy_texts(trained.base, draft, str(dtype).removeprefix("torch.") if dtype else None)
-            _complete(draft, trained)
+            if template := trained.run.get("template"):
+                complete(draft, template)
 
 
 def _tuned(trained: Trained, dtype: torch.dtype | None) -> dict[str, Lazy]:
@@ -146,11 +147,12 @@ def _tuned(trained: Trained, dtype: torch.dtype | None) -> dict[str, Lazy]:
     return finite({name: tensor.to(dtype if dtype and kinds[name].is_floating_point else kinds[name]) for name, tensor in tensors.items()})
 
 
-def _complete(folder: Path, trained: Trained) -> None:
-    """The chat template, if the base has none, and a generation config that ends answers where training did."""
-    template = trained.run.get("template")
-    if template is None:
-        return
+def complete(folder: Path, template: str) -> None:
+    """Give a model folder the chat template it was trained with, if it has none, and a generation config that ends answers as training did.
+
+    Raises:
+        DataError: a file is not JSON.
+    """
     tokenizer = load_tokenizer(folder)
     if template != templates.OWN and not has_own_template(folder):
         write_bytes(folder / "chat_template.jinja", (find_template(template).JINJA or "").encode())
