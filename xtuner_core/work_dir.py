@@ -1,6 +1,6 @@
 """A run's work directory: one run at a time, and never two different ones in turn without being told.
 
-WORK_DIR/run.json          what decided the run: model, data, settings
+WORK_DIR/run.json          what decided the run: model, data, settings; and where the model was found
          prepared/         model-KEY/, data-KEY/, shards/: made once, found again by what decides them
          checkpoints/ final/ metrics.jsonl validation.jsonl outcome.json
          samples.jsonl profile/ tensorboard/ wandb/ mlflow/ trackio/

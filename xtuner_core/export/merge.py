@@ -234,6 +234,8 @@ def _changed(peft: _Unfilled, base: Tensors) -> Iterator[tuple[str, Lazy]]:
         if isinstance(layer, LoraLayer | TrainableTokensLayer) and not getattr(layer, "tied_adapter", None):
             for parameter in _parameters(layer):
                 name = f"{_in_base(path)}.{parameter}"
+                if name not in base:
+                    raise DataError(f"tensor {name} is missing in the base's weights. Copy the model folder again.")
                 yield name, _lazy(base[name].shape, partial(_merge_layer, layer, path, parameter, peft.numbers, base))
 
 

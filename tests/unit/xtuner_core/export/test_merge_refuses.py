@@ -99,6 +99,12 @@ def test_a_base_with_a_number_that_is_none(place: Path) -> None:
     assert f"tensor {name} holds NaN or infinity" in str(refused(place))
 
 
+def test_a_base_without_a_tensor_that_the_adapter_changes(place: Path) -> None:
+    gone = "model.layers.0.self_attn.q_proj.weight"
+    changed(place / "base" / "model.safetensors", lambda tensors: {name: tensor for name, tensor in tensors.items() if name != gone})
+    assert f"tensor {gone} is missing in the base's weights" in str(refused(place))
+
+
 def test_what_float16_cannot_hold(place: Path) -> None:
     changed(place / "adapter" / WEIGHTS, lambda tensors: {name: tensor + 1e4 for name, tensor in tensors.items()})
     merge(place / "base", [(place / "adapter", 1.0)], place / "whole")
