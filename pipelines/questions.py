@@ -106,7 +106,7 @@ def _choice_question(value: Any, place: str) -> ChoiceQuestion:
     if len(choices) < 2 or list(choices) != list(LETTERS[: len(choices)]):
         raise Rejected(f"needs the choices A, B and so on without a gap, found {', '.join(choices) or 'none'}")
     answer = value.get("answer")
-    if answer not in choices:
+    if not isinstance(answer, str) or answer not in choices:
         raise Rejected(f"answer {answer!r} is not one of the choices {', '.join(choices)}")
     texts = [value[asked[0]], *choices.values()]
     if not all(isinstance(text, str) and text.strip() for text in texts):

@@ -30,6 +30,8 @@ KINDS = {
 }
 Likelihoods = Mapping[str, list[Any]]
 """A line of the result: nats, tokens and hits, one for each choice."""
+MOST_NATS = 700.0
+"""Per token; the perplexity of more is larger than any number that JSON's readers know."""
 GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 
@@ -89,7 +91,7 @@ def loss_score(samples: Sequence[Measured], found: Sequence[Likelihoods]) -> Dat
     nats, tokens, hits = ([one[name][0] for one in found] for name in ("nats", "tokens", "hits"))
     told = zip(samples, nats, tokens, strict=True)
     judged = tuple(Sample(one.question, one.text, "", cost / count, count) for one, cost, count in told)
-    extras = {"perplexity": math.exp(sum(nats) / sum(tokens)), "token_accuracy": 100.0 * sum(hits) / sum(tokens)}
+    extras = {"perplexity": math.exp(min(sum(nats) / sum(tokens), MOST_NATS)), "token_accuracy": 100.0 * sum(hits) / sum(tokens)}
     return DatasetScore("loss", judged, extras=extras)
 
 

@@ -48,6 +48,7 @@ def served(endpoint: Endpoint, tokenizer: Path, context: int, batch_size: int) -
         "tokenizer_path": str(tokenizer.resolve()),
         "meta_template": META,
         "temperature": 0.0,
+        "openai_extra_kwargs": {"temperature": 0.0},  # it leaves that away where the model's name has o1, o3, o4 or gpt-5 in it
         "max_seq_len": context + _AHEAD,
         "batch_size": batch_size,
         "max_workers": batch_size,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -202,6 +203,8 @@ def _judge(kind: str, asked: Asked, prediction: Mapping[str, Any], extracted: An
     if kind == "ppl":
         given = {letter: prediction.get(f"label: {letter}", {}) for letter in asked.prompts}
         seen = {letter: found.get("prompt") for letter, found in given.items()}
+        if not all(math.isfinite(found.get("PPL", 0.0)) for found in given.values()):
+            raise failure(work, f"found perplexities that are not finite ({asked.place})")
         lowest = min(given, key=lambda letter: given[letter].get("PPL", float("inf")))
         if extracted != lowest:
             raise failure(work, f"chose {extracted!r} where {lowest!r} has the lowest perplexity ({asked.place})")

@@ -11,13 +11,14 @@ from __future__ import annotations
 import difflib
 import json
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import opencompass  # pyright: ignore[reportMissingImports]
 import opencompass.utils.datasets as data_paths  # pyright: ignore[reportMissingImports]
 from mmengine.config import Config, ConfigDict  # pyright: ignore[reportMissingImports]
-from opencompass.utils import build_dataset_from_cfg  # pyright: ignore[reportMissingImports]
+from opencompass.utils import build_dataset_from_cfg, dataset_abbr_from_cfg  # pyright: ignore[reportMissingImports]
 
 CONFIGS = Path(opencompass.__file__).parent / "configs" / "datasets"
 
@@ -37,13 +38,23 @@ def resolve(name: str, limit: int | None) -> list[dict[str, Any]]:
     if name not in files:
         raise Problem({"closest": difflib.get_close_matches(name, files, n=5, cutoff=0.4)})
     config = Config.fromfile(str(files[name]))
-    return [_sized(plain(entry), limit) for key in config if key.endswith("_datasets") for entry in config[key]]
+    lists = [config[key] for key in config if key.endswith("_datasets") and isinstance(config[key], list)]
+    sets: dict[str, dict[str, Any]] = {}
+    for entry in map(plain, chain.from_iterable(lists)):
+        entry.setdefault("abbr", dataset_abbr_from_cfg(entry))
+        sets.setdefault(entry["abbr"], entry)  # many configurations list each set, and all of them once more
+    if not sets:
+        raise Problem({"reason": "its configuration describes no data set"})
+    return [_sized(config, limit) for config in sets.values()]
 
 
 def _sized(config: dict[str, Any], limit: int | None) -> dict[str, Any]:
     if limit:
         config["reader_cfg"]["test_range"] = f"{config['reader_cfg'].get('test_range', '')}[:{limit}]"
-    return {"config": config, "size": len(build_dataset_from_cfg(ConfigDict(config)).test)}
+    size = len(build_dataset_from_cfg(ConfigDict(config)).test)
+    if not size:
+        raise Problem({"reason": f"{config['abbr']} holds no sample"})
+    return {"config": config, "size": size}
 
 
 def plain(value: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,51 @@ def test_a_data_set_that_opencompass_lacks_or_whose_data_is_not_there(tmp_path: 
         resolve("gsm8k_gen_x")
     with pytest.raises(DataError, match=rf"data set gsm8k_gen: its data is not at {tmp_path}/\./data/gsm8k.*nothing is downloaded"):
         resolve("gsm8k_gen")
+
+
+CONFIGURATION = """
+from opencompass.datasets import CustomDataset
+
+def _set(file, **more):
+    return dict(type=CustomDataset, path=file, reader_cfg=dict(input_columns=["question"], output_column="answer"), **more)
+
+def _some_datasets():
+    return []
+
+{lists}
+"""
+
+
+LISTS = {
+    "twice": 'one_datasets = [_set("two.jsonl", abbr="one")]\nall_datasets = [*one_datasets, _set("two.jsonl", abbr="more")]',
+    "nameless": 'x_datasets = [_set("two.jsonl")]',
+    "nothing": "sets = []",
+    "empty": 'x_datasets = [_set("none.jsonl", abbr="none")]',
+}
+ASK = f"""
+import importlib.util, pathlib, sys
+spec = importlib.util.spec_from_file_location("resolve", {str(collection.RESOLVE)!r})
+resolve = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(resolve)
+resolve.CONFIGS = pathlib.Path.cwd()
+for name in {list(LISTS)}:
+    pathlib.Path("names.json").write_text('{{"names": ["%s"], "limit": null}}' % name)
+    sys.argv = ["resolve.py", "names.json", name + ".json"]
+    resolve.main()
+"""
+
+
+def test_a_configuration_s_sets_are_asked_once_each_and_all_have_names(tmp_path: Path) -> None:
+    (tmp_path / "two.jsonl").write_text('{"question": "a", "answer": "b"}\n{"question": "c", "answer": "d"}\n')
+    (tmp_path / "none.jsonl").write_text("")
+    for name, lists in LISTS.items():
+        (tmp_path / f"{name}.py").write_text(CONFIGURATION.replace("{lists}", lists))
+    subprocess.run([ensure("opencompass", print), "-P", "-c", ASK], cwd=tmp_path, check=True, timeout=300)
+    told = {name: json.loads((tmp_path / f"{name}.json").read_text()) for name in LISTS}
+    sets = {name: [(part["config"]["abbr"], part["size"]) for part in told[name]["sets"][name]] for name in ("twice", "nameless")}
+    assert sets == {"twice": [("one", 2), ("more", 2)], "nameless": [("two.jsonl", 2)]}
+    assert told["nothing"]["problem"] == {"name": "nothing", "reason": "its configuration describes no data set"}
+    assert told["empty"]["problem"] == {"name": "empty", "reason": "none holds no sample"}
 
 
 def test_a_model_that_cannot_be_loaded_fails_loudly(tmp_path: Path, tiny_model_folder: Path) -> None:

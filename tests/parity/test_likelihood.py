@@ -127,6 +127,12 @@ def test_packing_rows_changes_nothing(model_dir: Path, monkeypatch: pytest.Monke
         assert (one["tokens"], one["hits"]) == (other["tokens"], other["hits"])
 
 
+def test_a_hopeless_model_has_a_perplexity_that_json_can_hold() -> None:
+    score = loss.loss_score([loss.Measured({}, "", "x", "x:1")], [{"nats": [9000.0], "tokens": [2], "hits": [0]}])
+    assert score.value == 4500.0
+    assert 1e300 < score.extras["perplexity"] < float("inf")
+
+
 def test_the_length_of_a_choice_counts() -> None:
     question = loss.ChoiceQuestion("q", True, {"A": "ab", "B": "a" * 20}, "B", "x:1")
     score = loss.choice_score([question], [{"nats": [4.0, 20.0], "tokens": [1, 9], "hits": [0, 0]}])

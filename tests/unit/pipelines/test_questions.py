@@ -41,6 +41,7 @@ def test_a_text_is_continued_and_a_question_asked(tmp_path: Path) -> None:
         ({"answer": "D"}, "answer 'D' is not one of the choices A, B"),
         ({"answer": "4"}, "answer '4' is not one"),
         ({"answer": None}, "answer None is not one"),
+        ({"answer": ["B"]}, r"answer ['B'] is not one"),
         ({"question": ""}, "either a question"),
         ({"text": "both"}, "either a question"),
         ({"question": 7}, "must be text"),

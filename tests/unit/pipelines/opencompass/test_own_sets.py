@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.chatters import Endpoint
 from pipelines.evaluators import opencompass
 from pipelines.opencompass import models, own_sets
 from pipelines.opencompass.own_sets import Asked
@@ -100,6 +101,11 @@ def test_no_code_of_the_model_folder_may_run(tmp_path: Path, tiny_model_folder: 
     assert "auto_map" not in (folder / "tokenizer_config.json").read_text()
 
 
+def test_a_server_is_asked_greedily_also_where_the_model_s_path_looks_like_a_reasoning_model(tmp_path: Path) -> None:
+    model = models.served(Endpoint("http://127.0.0.1:1/v1", "/home/leo1/model"), tmp_path, 128, 1)
+    assert model["temperature"] == model["openai_extra_kwargs"]["temperature"] == 0.0
+
+
 def _prediction(question: str, gold: str, answer: str) -> dict[str, Any]:
     return {"origin_prompt": [{"role": "HUMAN", "prompt": question}], "prediction": answer, "gold": gold}
 
@@ -167,6 +173,7 @@ def test_a_letter_counts_as_opencompass_extracted_it(tmp_path: Path) -> None:
         ({"prediction": "A"}, "chose 'A' where 'B' has the lowest perplexity"),
         ({"label: A": {"prompt": "other", "PPL": 9.0}}, "changed the sample"),
         ({"label: A": {"prompt": "It is ice"}}, None),
+        ({"label: A": {"prompt": "It is ice", "PPL": float("nan")}}, "perplexities that are not finite"),
     ],
 )
 def test_perplexities_must_lead_to_the_choice(tmp_path: Path, change: dict[str, Any], reason: str | None) -> None:
