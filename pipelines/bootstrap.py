@@ -3,12 +3,15 @@
 * `interval`: the paired bootstrap (Efron & Tibshirani, "An Introduction to the Bootstrap", 1993, ch. 13; for comparing two systems on
   one test set: Koehn, "Statistical Significance Tests for Machine Translation Evaluation", EMNLP 2004). It holds for any mean, but is
   too narrow for few samples: where all of them agree its width is zero.
+* `matched_interval`: for answers that are right or wrong, never of zero width: where none of ten answers changed, others may.
 * `mcnemar`: for answers that are right or wrong, the exact test on those that changed, which few samples cannot deceive.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import sqrt
+from statistics import NormalDist
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -52,6 +55,15 @@ def _resampled_sums(columns: np.ndarray) -> np.ndarray:
         times = np.bincount(drawn.ravel(), minlength=count * size).reshape(count, size)  # how often each resample has each sample
         parts.append(times @ columns)
     return np.concatenate(parts)
+
+
+def matched_interval(became_right: int, became_wrong: int, samples: int, confidence: float) -> tuple[float, float]:
+    """Interval of the difference of two shares of right answers to the same questions: Wald's, after half an answer more in each of the
+    four cells (Agresti & Min, "Simple improved confidence intervals for comparing matched proportions", Statistics in Medicine, 2005).
+    """
+    size, gain = samples + 2, became_right - became_wrong
+    width = NormalDist().inv_cdf((1 + confidence) / 2) * sqrt(became_right + became_wrong + 1 - gain**2 / size)
+    return (gain - width) / size, (gain + width) / size
 
 
 def mcnemar(became_right: int, became_wrong: int) -> float:

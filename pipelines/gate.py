@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pipelines.figures import amount, figure, percent, span
+from pipelines.figures import amount, figure, percent, signed, span
 from pipelines.recipe import EvalConfig, GateRule
 from xtuner_core.errors import RecipeError
 
@@ -28,12 +28,13 @@ def judge(rule: GateRule, dataset: Mapping[str, Any], confidence: float) -> dict
     """Whether a rule holds, with its figures and the reason in words; `dataset` is an entry of the verdict's scores.
 
     A rule that must be `sure` looks at the worse end of the interval. That is too narrow for few samples, so where answers are right or
-    wrong and the rule demands a better model, the exact test must agree (pipelines/bootstrap.py).
+    wrong a second word is asked for (pipelines/bootstrap.py): of the exact test where a better model is demanded, of an interval that
+    is never of zero width where none may be much worse.
     """
     difference = dataset["differences"][rule.against]
-    least = rule.beat_by if rule.beat_by is not None else -(rule.lose_at_most or 0.0)
+    least = rule.beat_by if rule.beat_by is not None else 0.0 - (rule.lose_at_most or 0.0)
     measured = difference["value"] >= least
-    doubt = _doubt(rule, difference, least, confidence) if measured and rule.sure else ""
+    doubt = _doubt(rule, difference, dataset["unit"], least, confidence) if measured and rule.sure else ""
     end = "holds" if measured and not doubt else "does not hold"
     return {
         **rule.model_dump(mode="json"),
@@ -44,16 +45,20 @@ def judge(rule: GateRule, dataset: Mapping[str, Any], confidence: float) -> dict
     }
 
 
-def _doubt(rule: GateRule, difference: Mapping[str, Any], least: float, confidence: float) -> str:
+def _doubt(rule: GateRule, difference: Mapping[str, Any], unit: str, least: float, confidence: float) -> str:
     """Why it is not sure that the model is better by at least `least`, as it was measured; empty if it is."""
     if difference["low"] is None:
         return f", because it cannot be sure ({difference['no_interval']})"
     if difference["low"] < least:
         return ", because the interval reaches further down"
     p_value = difference["p_value"]
-    if rule.beat_by is not None and p_value is not None and p_value > 1 - confidence:
-        return f", because so few answers changed that chance can have done it (McNemar's test: p = {p_value:.2g})"
-    return ""
+    if p_value is None:
+        return ""
+    if rule.beat_by is not None:
+        chance = f", because so few answers changed that chance can have done it (McNemar's test: p = {p_value:.2g})"
+        return chance if p_value > 1 - confidence else ""
+    few = f", because so few samples leave room for {signed(difference['low_of_few'], unit)} (Agresti and Min's interval)"
+    return few if difference["low_of_few"] < least else ""
 
 
 def _finding(rule: GateRule, dataset: Mapping[str, Any], confidence: float) -> str:

@@ -55,7 +55,7 @@ class GateRule(Config):
     against: Literal["base", "production"] = Field(default="base", description="Whose figure it is compared with.")
     beat_by: float | None = Field(default=None, ge=0, description="At least so much better, in the data set's unit (percentage points).")
     lose_at_most: float | None = Field(default=None, ge=0, description="At most so much worse, in the data set's unit.")
-    sure: bool = Field(default=False, description="The whole interval must satisfy it, and McNemar's test a beat_by; not only the figure.")
+    sure: bool = Field(default=False, description="Not only the figure: the whole interval, and what few right or wrong answers allow.")
 
     @model_validator(mode="after")
     def _one_demand(self) -> GateRule:

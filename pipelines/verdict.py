@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.bootstrap import RESAMPLES, interval, mcnemar
+from pipelines.bootstrap import RESAMPLES, interval, matched_interval, mcnemar
 from pipelines.gate import judge, require_possible
 from pipelines.model_card import CONTENDERS, card, shown_recipe
 from pipelines.recipe import EvalConfig, Recipe
@@ -35,7 +35,7 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     """Compare the evaluations in `inputs`; a gate that does not hold is a finding, not an error.
 
     Raises:
-        DataError: the evaluations are not of the same samples.
+        DataError: as `compare`.
     """
     scores = {role: _read(work.inputs[role] / "scores.json")["datasets"] for role in CONTENDERS if role in work.inputs}
     verdict = compare(scores, recipe.eval)
@@ -56,7 +56,7 @@ def compare(scores: Mapping[str, Mapping[str, Scores]], config: EvalConfig) -> d
     """The verdict as JSON, of role → data set → scores.
 
     Raises:
-        DataError: the evaluations are not of the same samples.
+        DataError: the evaluations are not of the same samples, or do not count the same.
     """
     datasets = {name: _dataset(name, {role: found[name] for role, found in scores.items()}, config.confidence) for name in scores["tuned"]}
     rules = [judge(rule, datasets[rule.dataset], config.confidence) for rule in config.gate]
@@ -78,7 +78,8 @@ def _dataset(name: str, scores: Mapping[str, Scores], confidence: float) -> dict
 
 def _difference(name: str, role: str, other: Scores, tuned: Scores, confidence: float) -> dict[str, Any]:
     """By how much the tuned model is better (worse: negative), in the metric's unit, with its interval and the answers that flipped."""
-    before, after = other["samples"], tuned["samples"]
+    _require_same_metric(name, role, other["metric"], tuned["metric"])
+    before, after = (other["samples"], tuned["samples"]) if other["samples"] and tuned["samples"] else ((), ())
     _require_same_samples(name, role, before, after)
     sign = 1 if tuned["higher_is_better"] else -1
     ends = interval(_weighted(before), _weighted(after), confidence)
@@ -88,12 +89,17 @@ def _difference(name: str, role: str, other: Scores, tuned: Scores, confidence: 
         "low": low,
         "high": high,
         "no_interval": None if ends else _why_no_interval(len(after)),
-        **_flips(before, after),
+        **_flips(before, after, tuned["scale"], confidence),
     }
 
 
 def _weighted(samples: Sequence[Mapping[str, Any]]) -> list[tuple[float, float]]:
     return [(sample["score"], sample["weight"]) for sample in samples]
+
+
+def _require_same_metric(name: str, role: str, before: str, after: str) -> None:
+    if before != after:
+        raise DataError(f"{name}: the evaluator told {before} of {role} and {after} of the tuned model, which cannot be compared.")
 
 
 def _require_same_samples(name: str, role: str, before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> None:
@@ -110,13 +116,17 @@ def _why_no_interval(samples: int) -> str:
     return "one sample tells no spread" if samples else "the evaluator tells no scores of samples"
 
 
-def _flips(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The answers that became right and wrong, where each is one or the other, and the p-value that this is chance."""
+def _flips(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[str, Any]], scale: float, confidence: float) -> dict[str, Any]:
+    """The answers that became right and wrong, where each is one or the other, the p-value that this is chance, and the worse end of the
+    interval that knows how few they are.
+    """
     if not before or any(sample["score"] not in (0, 1) for sample in (*before, *after)):
-        return {"p_value": None, "became_right": [], "became_wrong": []}
+        return {"p_value": None, "low_of_few": None, "became_right": [], "became_wrong": []}
     changed = [(one, two) for one, two in zip(before, after, strict=True) if one["score"] != two["score"]]
     right, wrong = ([_flip(one, two) for one, two in changed if two["score"] == score] for score in (1, 0))
-    return {"p_value": mcnemar(len(right), len(wrong)), "became_right": right, "became_wrong": wrong}
+    low, _ = matched_interval(len(right), len(wrong), len(after), confidence)
+    figures = {"p_value": mcnemar(len(right), len(wrong)), "low_of_few": round(scale * low, _DIGITS)}
+    return figures | {"became_right": right, "became_wrong": wrong}
 
 
 def _flip(before: Mapping[str, Any], after: Mapping[str, Any]) -> dict[str, str]:
@@ -147,4 +157,4 @@ def settings(recipe: Recipe) -> dict[str, Any]:
     }
 
 
-STAGE = Stage(name="verdict", version=1, run=run, settings=settings, libraries=("numpy", "huggingface_hub"))
+STAGE = Stage(name="verdict", version=2, run=run, settings=settings, libraries=("numpy", "huggingface_hub"))

@@ -89,6 +89,16 @@ def test_without_scores_of_samples_there_is_a_difference_but_no_interval() -> No
     assert (single["low"], single["no_interval"]) == (None, "one sample tells no spread")
 
 
+def test_where_one_evaluation_tells_no_samples_the_figures_are_compared_all_the_same() -> None:
+    silent = as_evaluated(DatasetScore("accuracy", (), reported=25.0))
+    for base, tuned, value in ((silent, answered("+-"), 25.0), (answered("+-"), silent, -25.0)):
+        difference = compared(base, tuned)["datasets"]["tickets"]["differences"]["base"]
+        assert (difference["value"], difference["low"], difference["p_value"]) == (value, None, None)
+        assert difference["no_interval"] == "the evaluator tells no scores of samples"
+    with pytest.raises(DataError, match="tickets: the evaluator told rouge1 of base and accuracy of the tuned model"):
+        compared(as_evaluated(DatasetScore("rouge1", (), reported=1.0)), answered("+-"))
+
+
 @pytest.mark.parametrize(
     ("base", "reason"),
     [
@@ -119,6 +129,9 @@ MANY, SOME = "+" * 90 + "-" * 10, "+" * 40 + "-" * 60
         (SOME, SOME, {"lose_at_most": 0}, True, "40.0 % is as good as base (95 % interval 0.0 to 0.0); at least as good demanded: holds"),
         ("----", "++++", {"beat_by": 50}, True, "(95 % interval +100.0 to +100.0)"),
         ("----", "++++", {"beat_by": 50, "sure": True}, False, "so few answers changed that chance can have done it (McNemar's test: p"),
+        ("+-+", "+-+", {"lose_at_most": 1}, True, "at most 1.0 points worse allowed: holds"),
+        ("+-+", "+-+", {"lose_at_most": 1, "sure": True}, False, "because so few samples leave room for -39.2 points (Agresti and Min's"),
+        (SOME * 9, SOME * 9, {"lose_at_most": 1, "sure": True}, True, "at most 1.0 points worse allowed, for sure: holds"),
         ("-", "+", {"beat_by": 50, "sure": True}, False, "(no interval); at least 50.0 points better demanded, for sure: does not hold"),
     ],
 )  # fmt: skip
