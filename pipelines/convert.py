@@ -17,11 +17,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipelines import prepare
-from pipelines.model_card import base_name, card, shown_recipe
+from pipelines.model_card import base_name, card, deciding
 from pipelines.recipe import Recipe
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core import adapters, registry
 from xtuner_core.checkpoint.hf import copy_texts, header, license_of, weight_keys
+from xtuner_core.data.prepare import code_digest
 from xtuner_core.digest import sha256
 from xtuner_core.durable import write_bytes, write_json
 from xtuner_core.errors import DataError
@@ -228,7 +229,10 @@ def _facts(recipe: Recipe, work: Work, checks: Checks) -> dict[str, Any]:
         "relation": "finetune",
         "dtype": recipe.convert.dtype,
         "checks": _told(recipe, checks),
-        "data": [{"file": file.name, "sha256": sha256(file)} for file in prepare.files_of(recipe)],
+        "data": [
+            {"file": file.name, "sha256": sha256(work.inputs["data"] / "documents" / f"{number:05d}" / "ids.bin")}
+            for number, file in enumerate(prepare.files_of(recipe))
+        ],
         "counts": {name: described[name] for name in _COUNTS if described.get(name)},
         "training": json.loads(training.read_text(encoding="utf-8")) if training.is_file() else {},
     }
@@ -257,15 +261,14 @@ def _write_cards(recipe: Recipe, work: Work, facts: Mapping[str, Any]) -> None:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """What decides the tensors, which the checkpoint's digest does not tell: how they are meant; and what the card tells."""
-    return {"card": {"description": recipe.description, **shown_recipe(recipe)}, "files": [file.name for file in prepare.files_of(recipe)]}
+    """What the inputs do not tell: how the tensors are meant and written, what the card says, and the code of the chat templates."""
+    return {"card": deciding(recipe), "files": [file.name for file in prepare.files_of(recipe)], "code": code_digest()}
 
 
 STAGE = Stage(
     name="convert",
-    version=2,
+    version=3,
     run=run,
     settings=_settings,
-    files=prepare.files_of,
-    libraries=("torch", "transformers", "peft", "safetensors", "huggingface_hub"),
+    libraries=("torch", "transformers", "peft", "safetensors", "huggingface_hub", "bitsandbytes"),
 )

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from pipelines.figures import figure, gained, percent
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, resolve_path
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -22,15 +22,22 @@ CONTENDERS = ("base", "production", "tuned")
 def card(recipe: Recipe, facts: Facts, scores: Mapping[str, Any] | None = None) -> str:
     """The text of README.md: header, recipe, data, training, precision, checks, scores, how to use it.
 
+    Without scores it is the card beside the weights, and tells nothing but what decided them: the recipe may be renamed, or its evaluation
+    changed, and they stay what they are. With scores it is the verdict's, and tells the recipe's name and description too.
+
     `facts` is what the convert stage found (its payload/facts.json): `base`, `license` (None: not known), `relation` (finetune, adapter
-    or merge), `dtype`, `tensors`, `parameters`, `checks` {name: figure}, `data` [{file, sha256}], `counts` {name: number} and
-    `training` {name: figure}. `scores` is the verdict's scores.json.
+    or merge), `dtype`, `tensors`, `parameters`, `checks` {name: figure}, `data` [{file, sha256 of its token ids}], `counts` {name: number}
+    and `training` {name: figure}. `scores` is the verdict's scores.json.
     """
     sections = (
-        _about(recipe, facts),
+        _about(recipe, facts, named=scores is not None),
         _scores(scores) if scores else "",
-        _section("Recipe", f"```yaml\n{_yaml(shown_recipe(recipe))}```"),
-        _section("Data", _table(("file", "sha256"), [(one["file"], one["sha256"]) for one in facts["data"]]), _figures(facts["counts"])),
+        _section("Recipe", f"```yaml\n{_yaml(deciding(recipe) if scores is None else shown_recipe(recipe))}```"),
+        _section(
+            "Data",
+            _table(("file", "sha256 of its token ids"), [(one["file"], one["sha256"]) for one in facts["data"]]),
+            _figures(facts["counts"]),
+        ),
         _section("Training", _figures(facts["training"])),
         _section("Export", f"Weights in {facts['dtype']}. Checked before it was published:", _figures(_checked(facts))),
         _section("Use", _use(facts)),
@@ -41,17 +48,21 @@ def card(recipe: Recipe, facts: Facts, scores: Mapping[str, Any] | None = None) 
 def base_name(recipe: Recipe) -> str:
     """What readers call the base model: its hub id or package; of a path on this machine the last part."""
     base = recipe.model.base
-    return Path(base).name if Path(base).expanduser().exists() or base.startswith(("/", ".", "~")) else base
+    return Path(base).name if resolve_path(base).exists() or base.startswith(("/", ".", "~")) else base
 
 
 def shown_recipe(recipe: Recipe) -> dict[str, Any]:
-    """What of the recipe the card shows: all that decides the weights, without a path of this machine."""
-    data = recipe.data.model_dump(mode="json", exclude={"workers", "runner"})
+    """What of the recipe the card with the scores shows."""
+    return {"name": recipe.name, **deciding(recipe)}
+
+
+def deciding(recipe: Recipe) -> dict[str, Any]:
+    """All of the recipe that decides the weights, without a path of this machine."""
+    data = recipe.data.model_dump(mode="json", exclude={"workers", "runner", "max_rejected"})
     data["train"] = [{**source, "path": Path(source["path"]).name} for source in data["train"]]
     if isinstance(data["validation"], list):
         data["validation"] = [Path(path).name for path in data["validation"]]
     return {
-        "name": recipe.name,
         "model": {**recipe.model.model_dump(mode="json"), "base": base_name(recipe)},
         "data": data,
         "train": recipe.train.deciding(),
@@ -94,12 +105,13 @@ def _results(scores: Mapping[str, Any]) -> list[EvalResult]:
     ]
 
 
-def _about(recipe: Recipe, facts: Facts) -> str:
+def _about(recipe: Recipe, facts: Facts, named: bool) -> str:
     made = "A low-rank adapter for" if facts["relation"] == "adapter" else "A fine-tuned version of"
     licence = f"Licence of the base: {plain(facts['license'])}." if facts["license"] else "The base model does not say its licence."
     method = "all weights" if recipe.train.method == "full" else recipe.train.method
-    told = f" {plain(recipe.description)}" if recipe.description else ""
-    return f"# {plain(recipe.name)}\n\n{made} {plain(facts['base'])} (trained: {method}).{told}\n{licence}\n"
+    told = f" {plain(recipe.description)}" if named and recipe.description else ""
+    title = recipe.name if named else f"{facts['base']}, {recipe.train.method}"
+    return f"# {plain(title)}\n\n{made} {plain(facts['base'])} (trained: {method}).{told}\n{licence}\n"
 
 
 def _scores(scores: Mapping[str, Any]) -> str:

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from pipelines import convert, prepare
 from pipelines.artifacts import Artifact, Store, sha256
+from pipelines.model_card import plain
 from pipelines.recipe import PROJECT, Recipe, load_recipe
 from pipelines.runner import run_until
 from pipelines.stage import Metrics, Work
@@ -135,7 +136,8 @@ def test_the_cards_tell_base_data_and_checks(store: Store) -> None:
     assert [headers[name]["base_model_relation"] for name in texts] == ["finetune", "adapter"]
     assert [headers[name]["library_name"] for name in texts] == ["transformers", "peft"]
     assert "Weights in bfloat16" in texts["model"] and "Weights in float32" in texts["adapter"]
-    (data,) = (sha256(path) for path in prepare.files_of(LORA))
+    (file,) = prepare.files_of(LORA)
+    data = f"| {plain(file.name)} | {sha256(made('prepare', LORA, store).payload / 'documents' / '00000' / 'ids.bin')} |"
     last_loss = f"{made('train', LORA, store).metrics['last_loss']:.4g}"
     for text in texts.values():
         assert data in text and f"last loss: {last_loss}" in text and "of the largest" in text

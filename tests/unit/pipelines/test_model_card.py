@@ -9,7 +9,7 @@ import pytest
 import yaml
 from huggingface_hub import ModelCardData, metadata_load
 
-from pipelines.model_card import card, plain, shown_recipe
+from pipelines.model_card import card, deciding, plain
 from pipelines.recipe import load_recipe
 
 RECIPE = load_recipe("qwen3_tiny_full_openai", ["model.base=/home/me/models/base-1b", "data.train=/secret/place/chats.jsonl"])
@@ -75,7 +75,7 @@ def test_the_body_tells_what_was_done_and_no_place_of_this_machine() -> None:
     for told in ("ab" * 32, "documents: 96", "last loss: 1.235", "validation loss: 2.5", "100%", "total_step: 40", "lmdeploy", "vllm"):
         assert told in text, told
     assert "/home/me" not in text and "/secret" not in text
-    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == shown_recipe(RECIPE)
+    assert yaml.safe_load(text.split("```yaml\n")[1].split("```")[0]) == deciding(RECIPE)
 
 
 @pytest.mark.parametrize("name", ["a|b.jsonl", "<script>x</script>.jsonl", "[x](http://y).jsonl", "a\n# b.jsonl", "`x`.jsonl"])
