@@ -12,7 +12,9 @@ from typing import Any
 from pipelines.artifacts import Artifact, Result
 from pipelines.chat import told
 from pipelines.figures import figure, gained
+from pipelines.model_card import plain
 from pipelines.pipeline import STAGES
+from pipelines.preview import visible
 from pipelines.recipe import Recipe
 
 CHAT_FIGURES = ("passed", "total", "smoke_passed", "smoke_total", "first_token_seconds", "tokens_per_second", "why")
@@ -85,7 +87,7 @@ def _score(name: str, dataset: Mapping[str, Any]) -> str:
 
 
 def page(summary: Mapping[str, Any], results: Mapping[str, Result]) -> str:
-    """The markdown artifact: table, verdict, loss curve, three answers."""
+    """The markdown artifact: table, verdict, data, loss curve, answers; what was asked and answered stays text."""
     curve = _picture(results["train"].artifact.record / "loss.png")
     prepared = results["prepare"].artifact.record
     chat = results["chat"].artifact.metrics
@@ -120,11 +122,13 @@ def _picture(path: Path) -> str:
 
 
 def _answer(answer: Mapping[str, Any]) -> str:
-    asked = answer["messages"][-1]["content"].replace("\n", " ")
-    return f"- **{asked}** → {answer['answer'].strip() or '(nothing)'} {'✓' if answer['correct'] else '✗ expected ' + answer['expected']}"
+    return _asked(answer, "✓" if answer["correct"] else f"✗ expected {plain(visible(answer['expected']))}")
 
 
 def _smoke_answer(answer: Mapping[str, Any]) -> str:
-    asked = answer["messages"][-1]["content"].strip().replace("\n", " ")
-    verdict = f"✗ {'; '.join(answer['failures'])}" if answer["failures"] else "✓"
-    return f"- **{asked}** → {answer['answer'].strip() or '(nothing)'} {verdict}"
+    return _asked(answer, f"✗ {plain(visible('; '.join(answer['failures'])))}" if answer["failures"] else "✓")
+
+
+def _asked(answer: Mapping[str, Any], verdict: str) -> str:
+    asked, said = (plain(visible(text)) for text in (answer["messages"][-1]["content"], answer["answer"]))
+    return f"- **{asked}** → {said or '(nothing)'} {verdict}"

@@ -116,15 +116,16 @@ class Store:
         """Every published artifact."""
         return sorted(path.parent for path in self.root.glob("[!.]*/*/manifest.json"))
 
-    def newest(self, stage: str) -> Artifact | None:
-        """The artifact of this stage that was made last, to tell what changed since."""
+    def newest(self, stage: str, inputs: Mapping[str, str] | None = None) -> Artifact | None:
+        """The artifact of this stage that was made last, if possible of these inputs (name → digest), to tell what changed since."""
         made = []
         for folder in (self.root / stage).glob("*"):
             try:
-                made.append((Artifact(folder).manifest["created"], folder))
-            except (OSError, ValueError, KeyError):
+                manifest = Artifact(folder).manifest
+                made.append((manifest["ingredients"]["inputs"] == inputs, manifest["created"], folder))
+            except (OSError, ValueError, KeyError, TypeError):
                 continue
-        return Artifact(max(made)[1]) if made else None
+        return Artifact(max(made)[-1]) if made else None
 
     def produce(self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Artifact], log: Log) -> Result:
         """Lock, look up, and if need be run the stage and publish its artifact.

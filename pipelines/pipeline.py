@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from pipelines import base_model, chat, chatters, convert, evaluate, launchers, prepare, production, train, verdict
+from pipelines import base_model, chat, chatters, convert, evaluate, launchers, prepare, production, suites, train, verdict
 from pipelines.artifacts import Artifact, Damaged, Store, key_of
 from pipelines.recipe import Recipe
 from pipelines.stage import Stage
@@ -79,6 +79,7 @@ def check(recipe: Recipe) -> None:
 
 def check_stages(chosen: Iterable[Node], recipe: Recipe) -> None:
     """Look at all that these steps read of the recipe; errors as those of `check`."""
+    suites.chosen(recipe.eval)  # prepare's report looks for its questions
     for node in chosen:
         node.stage.files(recipe)
         node.stage.settings(recipe)
@@ -96,7 +97,8 @@ class Planned:
 
 
 def plan(recipe: Recipe, store: Store) -> Iterator[Planned]:
-    """Say for every node whether it is cached, will run (and why), or depends on one that will run."""
+    """Say for every node whether it is cached, will run (and why), or depends on one that will run; errors as those of `check_stages`."""
+    check_stages(nodes(recipe), recipe)
     found: dict[str, Artifact] = {}
     for node in nodes(recipe):
         waiting = [source for source in node.inputs.values() if source not in found]
@@ -119,7 +121,7 @@ def plan(recipe: Recipe, store: Store) -> Iterator[Planned]:
 
 
 def _what_changed(store: Store, node: Node, ingredients: dict[str, Any]) -> str:
-    last = store.newest(node.stage.name)
+    last = store.newest(node.stage.name, ingredients["inputs"])
     if last is None:
         return "never made"
     before, now = _flat(last.manifest["ingredients"]), _flat(ingredients)

@@ -236,6 +236,8 @@ def test_a_recipe(tmp_path: Path) -> None:
     """The folder has no search path, so the file is dropped into a copy of the two lower floors."""
     for floor in ("pipelines", "xtuner_core"):
         shutil.copytree(PROJECT / floor, tmp_path / floor, ignore=shutil.ignore_patterns("__pycache__"))
+    for needed in (PROJECT / "data", *PROJECT.glob("constraints*.txt")):
+        (tmp_path / needed.name).symlink_to(needed)
     recipes = tmp_path / "pipelines" / "recipes"
     text = (recipes / "qwen3_tiny_full_openai.yaml").read_text(encoding="utf-8")
     (recipes / "throwaway.yaml").write_text(text.replace("A verification run", "Thrown away soon"), encoding="utf-8")

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from flows.reporting import data
+import pytest
+
+from flows.reporting import _answer, _smoke_answer, data
 from pipelines import prepare
 from pipelines.recipe import load_recipe
 from pipelines.stage import Work
+
+
+@pytest.mark.parametrize("tell", [_answer, _smoke_answer])
+def test_no_answer_becomes_markup_on_the_page(tell: Callable[[dict[str, Any]], str]) -> None:
+    evil = "**b** <img src=x>\n# ![pixel](http://there/x.png)\x1b[31m"
+    answer = {"messages": [{"content": evil}], "answer": evil, "expected": evil, "failures": [evil], "correct": False}
+    line = tell(answer)
+    assert not set("\n\x1b") & set(line)
+    assert all(line.count(mark) == line.count("\\" + mark) == 3 for mark in "<!#"), line
+    assert "(nothing)" in tell({**answer, "answer": " \n"})
 
 
 def test_the_data_section_says_what_the_data_report_found(prepare_place: Callable[[], Work]) -> None:

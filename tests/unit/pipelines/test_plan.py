@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Callable
@@ -9,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
+from pipelines import evaluate
 from pipelines.artifacts import Artifact, Store
 from pipelines.pipeline import STAGES, Planned, check, needed_for, nodes, plan
 from pipelines.recipe import load_recipe
 from pipelines.runner import run_until
-from xtuner_core.errors import DataError, RecipeError
+from xtuner_core.errors import DataError, RecipeError, UserError
 
 TINY = "qwen3_tiny_full_openai"
 DATA = ("data.train=data/openai_chats/heldout.jsonl",)
@@ -83,6 +85,35 @@ def test_of_many_changes_the_first_three_are_named(prepared_store: Store) -> Non
     assert why == (
         "settings.data.max_length: 1024 → 512; settings.data.max_rejected: 0.0 → 0.5; settings.data.pack_length: 1024 → 2048; and 1 more"
     )
+
+
+def test_an_evaluation_is_compared_with_the_last_one_of_the_same_model(prepared_store: Store) -> None:
+    recipe, base = load_recipe(TINY, [*DATA]), artifact(prepared_store, "base")
+    of_base = prepared_store.ingredients(evaluate.STAGE, recipe, {"model": base})
+    for name, day, ingredients in (("base", 1, of_base), ("tuned", 2, {**of_base, "inputs": {"model": "0" * 64}})):
+        folder = prepared_store.root / "eval" / name
+        folder.mkdir(parents=True)
+        (folder / "manifest.json").write_text(json.dumps({"created": f"2026-01-0{day}", "ingredients": ingredients}))
+    assert planned(prepared_store, "eval.limit=5")["eval-base"].why == "settings.limit: None → 5"
+
+
+@pytest.mark.parametrize(
+    ("override", "told"),
+    [
+        ("eval.gate=[{dataset: nobody, beat_by: 1}]", "no data set 'nobody' is evaluated"),
+        ("eval.suites=[nobody]", "suite 'nobody'"),
+        ("chat.prompts=nowhere.jsonl", r"nowhere\.jsonl"),
+    ],
+)
+def test_a_mistake_of_a_stage_that_depends_is_told(prepared_store: Store, override: str, told: str) -> None:
+    with pytest.raises(UserError, match=told):
+        planned(prepared_store, override)
+
+
+def test_a_suite_that_prepare_cannot_report_on_is_told_before_it_runs(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match="suite 'nobody'"):
+        run_until("prepare", load_recipe(TINY, [*DATA, "eval.suites=[nobody]"]), Store(tmp_path / "store"), print)
+    assert not (tmp_path / "store").exists()
 
 
 def test_what_does_not_decide_bytes_changes_nothing(prepared_store: Store) -> None:
