@@ -157,9 +157,10 @@ def _files(recipe: Recipe) -> list[Path]:
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:
-    """Of the smoke test what it says counts; of the held-out questions the file's bytes."""
-    plain = recipe.chat.model_dump(mode="json", exclude={"port", "prompts", "smoke", "start_timeout"})
-    return plain | {"smoke": [prompt.model_dump(mode="json") for prompt in _smoke(recipe.chat)]}
+    """Of the smoke test what it says counts; of the held-out questions the file's bytes; of `auto` what it means on this machine."""
+    plain = recipe.chat.model_dump(mode="json", exclude={"chatter", "port", "prompts", "smoke", "start_timeout"})
+    smoke = [prompt.model_dump(mode="json") for prompt in _smoke(recipe.chat)]
+    return plain | chatters.facts(recipe.chat.chatter) | {"smoke": smoke}
 
 
-STAGE = Stage(name="chat", version=2, run=run, settings=_settings, files=_files, libraries=("torch", "transformers", "tokenizers"))
+STAGE = Stage(name="chat", version=2, run=run, settings=_settings, files=_files)

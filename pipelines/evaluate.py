@@ -18,14 +18,12 @@ from urllib.parse import urldefrag, urlsplit
 
 from pipelines import chatters, evaluators
 from pipelines.chatters import Endpoint, Request
-from pipelines.environments import KNOWN, pinned_versions
 from pipelines.evaluators import METRICS, OTHER, DatasetScore, Kind
 from pipelines.recipe import EvalDataset, Recipe
 from pipelines.stage import Metrics, Stage, Work
 from pipelines.suites import Chosen, chosen
 from xtuner_core import registry
 from xtuner_core.data.templates import OWN
-from xtuner_core.digest import library_version
 from xtuner_core.durable import write_bytes, write_json
 from xtuner_core.errors import DataError, RecipeError
 
@@ -128,7 +126,7 @@ def _server(recipe: Recipe) -> dict[str, Any]:
     if engine == SERVED:
         if recipe.chat.chatter == "openai":
             raise _one_for_all("a server that runs already (chatter openai)")
-        return {"engine": engine, **_chatter(recipe.chat.chatter)}
+        return {"engine": engine, **chatters.facts(recipe.chat.chatter)}
     url = urlsplit(engine)
     if url.username or url.query:
         raise RecipeError(f"eval.engine: the URL must hold no user, password or query; a key belongs into the environment as {KEY}.")
@@ -142,16 +140,6 @@ def _one_for_all(model: str) -> RecipeError:
         f"eval.engine: base and tuned model would both be asked of {model}, and the verdict would compare it with itself. Use "
         f"{IN_PROCESS}, {SERVED} with a chatter that starts a server, or the URL (without #NAME) of one that loads models by folder."
     )
-
-
-def _chatter(name: str) -> dict[str, Any]:
-    """The chatter that `name` means on this machine, and its software."""
-    name = chatters.choose(name).__name__.rpartition(".")[2] if name == "auto" else name
-    pins = pinned_versions(KNOWN[name].constraints) if name in KNOWN else {}
-    return {
-        "chatter": name,
-        "software": {one: pins.get(one) or library_version(one) for one in (name, "torch", "tokenizers", "transformers")},
-    }
 
 
 def told(score: DatasetScore) -> str:

@@ -11,8 +11,11 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
+from pipelines.environments import KNOWN, pinned_versions
 from xtuner_core import registry
+from xtuner_core.digest import library_version
 from xtuner_core.errors import RecipeError
 
 LOOPBACK = "127.0.0.1"
@@ -59,3 +62,14 @@ def choose(name: str) -> ModuleType:
     if reason := module.unavailable():
         raise RecipeError(f"chatter {name} cannot run here: {reason}")
     return module
+
+
+def facts(name: str) -> dict[str, Any]:
+    """What decides answers about the chatter that `name` means on this machine: which one it is, and the versions of its software (of a
+    server that runs already nothing is known)."""
+    name = choose(name).__name__.rpartition(".")[2] if name == "auto" else name
+    if name == "openai":
+        return {"chatter": name}
+    pins = pinned_versions(KNOWN[name].constraints) if name in KNOWN else {}
+    software = {one: pins.get(one) or library_version(one) for one in (name, "torch", "tokenizers", "transformers")}
+    return {"chatter": name, "software": software}

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from pipelines import chat
+from pipelines import chat, environments
 from pipelines.chat import judge, spread, told
 from pipelines.client import Reply
 from pipelines.heldout import HeldOut
@@ -78,3 +79,16 @@ def test_port_and_path_of_the_prompts_do_not_decide_the_key_but_their_bytes_do(t
 def test_missing_prompts_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"gone\.jsonl: no such file.*chat\.prompts"):
         chat.STAGE.files(_recipe(f"chat.prompts={tmp_path / 'gone.jsonl'}"))
+
+
+def test_what_serves_decides_the_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`auto` is another server where there is a GPU, with software of its own."""
+    monkeypatch.setattr(environments, "cuda_is_visible", lambda: False)
+    settings = {name: chat.STAGE.settings(_recipe(f"chat.chatter={name}")) for name in ("auto", "transformers", "lmdeploy")}
+    assert settings["auto"] == settings["transformers"]
+    assert settings["auto"]["software"]["torch"] == version("torch")
+    pins = environments.pinned_versions(environments.KNOWN["lmdeploy"].constraints)
+    assert {pins[name] for name in ("lmdeploy", "torch")} <= set(settings["lmdeploy"]["software"].values())
+    monkeypatch.setattr(environments, "cuda_is_visible", lambda: True)
+    monkeypatch.setattr(environments, "built", lambda name: Path("python"))
+    assert chat.STAGE.settings(_recipe("chat.chatter=auto")) == settings["lmdeploy"]
