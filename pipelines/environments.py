@@ -136,14 +136,16 @@ def check(name: str, root: Path = ROOT, known: Mapping[str, Environment] = KNOWN
 
 
 def _answer(folder: Path, arguments: list[str], question: str = "") -> list[str]:
-    """The lines that the environment's Python prints; its last error if it fails without any."""
+    """The lines that the environment's Python prints; how it ended if it fails without any."""
     command = [str(_python(folder)), "-I", *arguments]
     try:
         done = subprocess.run(command, input=question, capture_output=True, text=True, timeout=CHECK_SECONDS, check=False)
     except (OSError, subprocess.TimeoutExpired) as error:
         return [f"its Python does not answer: {error}"]
     lines = done.stdout.splitlines()
-    return lines if done.returncode == 0 or lines else done.stderr.splitlines()[-1:]
+    if done.returncode == 0 or lines:
+        return lines
+    return [f"its Python ended with status {done.returncode}: {''.join(done.stderr.splitlines()[-1:]) or 'without a word'}"]
 
 
 def cuda_is_visible() -> bool:

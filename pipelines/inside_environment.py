@@ -10,6 +10,7 @@ import importlib.metadata
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import redirect_stdout
 
 
 def complaints(versions: Mapping[str, str], modules: Sequence[str]) -> Iterator[str]:
@@ -23,7 +24,8 @@ def complaints(versions: Mapping[str, str], modules: Sequence[str]) -> Iterator[
             yield f"{package} is {found}, pinned is {wanted}"
     for module in modules:
         try:
-            importlib.import_module(module)
+            with redirect_stdout(sys.stderr):  # what a module says when it is imported is no complaint
+                importlib.import_module(module)
         except Exception as error:
             yield f"{module} does not import: {type(error).__name__}: {error}"
 

@@ -29,17 +29,26 @@ def serve(request: Request, log_file: Path, log: Log) -> Iterator[Endpoint]:
         RecipeError: no URL, or not clear which model.
         UserError: the server does not answer as it should.
     """
-    url, model = urldefrag(request.url or "")
-    parts = urlsplit(url)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.username or parts.query:
+    if not _is_address(request.url or ""):
         raise RecipeError(
             "chatter openai needs the server's address, such as http://127.0.0.1:8000/v1 (chat.url of the recipe, or --url); "
             f"a key belongs into the environment variable {KEY}."
         )
+    url, model = urldefrag(request.url or "")
     key, url = _key(), url.rstrip("/")
     name = model or _only(_models(url, key), url)
-    log(f"chat: {url} answers; the model is {name}")
+    log(f"chat: the model is {name} at {url}")
     yield Endpoint(url, name, key)
+
+
+def _is_address(url: str) -> bool:
+    """Whether it is one of a server, without a secret in it."""
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # such as a port of letters
+        return False
+    return parts.scheme in ("http", "https") and bool(parts.hostname) and port != 0 and not (parts.username or parts.query)
 
 
 def _key() -> str:

@@ -133,8 +133,17 @@ def test_a_damaged_environment_is_told_with_what_to_do(tmp_path: Path, known: di
     assert f"rm -r {python.parents[1]}" in said
     (python.parents[1] / "pyvenv.cfg").unlink()
     python.unlink()
-    python.write_text("#!/bin/sh\nexit 3\n")
+    python.write_text("#!/bin/sh\nkill -SEGV $$\n")
     assert "does not answer" in check("tiny", tmp_path, known)[0]
+    python.chmod(0o755)
+    assert "ended with status -11: without a word" in check("tiny", tmp_path, known)[0]
+
+
+def test_what_a_module_says_when_it_is_imported_is_no_complaint(tmp_path: Path, known: dict[str, Environment]) -> None:
+    python = ensure("tiny", print, root=tmp_path, known=known)
+    (packages,) = python.parents[1].glob("lib/*/site-packages")
+    (packages / "tool.py").write_text("print('welcome')")
+    assert check("tiny", tmp_path, known) == []
 
 
 def test_what_is_left_out_on_purpose_is_not_asked_for(tmp_path: Path, known: dict[str, Environment]) -> None:

@@ -41,7 +41,12 @@ def test_the_key_is_the_environment_s_and_never_shown(serve: Serve, monkeypatch:
         assert "lines" not in str(caught.value)
 
 
-@pytest.mark.parametrize("url", [None, "", "127.0.0.1:8000", "ftp://host/v1", "http://user:secret@host/v1", "http://host/v1?key=secret"])
+ODD = ("http://host:port/v1", "http://host:99999/v1#model", "http://[::1/v1")
+
+
+@pytest.mark.parametrize(
+    "url", [None, "", "127.0.0.1:8000", "ftp://host/v1", "http://user:secret@host/v1", "http://host/v1?key=secret", *ODD]
+)
 def test_an_address_that_is_none_is_refused(url: str | None) -> None:
     with pytest.raises(RecipeError, match="needs the server's address") as caught:
         _found(url)
