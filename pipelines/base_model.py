@@ -157,11 +157,11 @@ def _is_text(file: Path) -> bool:
 
 
 def _require_complete(folder: Path, name: str) -> None:
-    if (wrong := complaint(folder)) and not _is_completed(folder):
+    if (wrong := complaint(folder)) and not is_completed(folder):
         raise RecipeError(f"model.base: {name} {wrong}")
 
 
-def _is_completed(folder: Path) -> bool:
+def is_completed(folder: Path) -> bool:
     """InternLM2's folders lack tokenizer.json, which is made of tokenizer.model with their llama form."""
     if missing_files(folder) != ["tokenizer.json"] or not (folder / "tokenizer.model").is_file():
         return False

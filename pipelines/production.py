@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipelines.base_model import describe, folder_files, give_known_form, take_folder
+from pipelines.base_model import describe, folder_files, give_known_form, is_completed, take_folder
 from pipelines.recipe import Recipe, resolve_path
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core.checkpoint.hf import complaint
@@ -46,7 +46,7 @@ def _folder(recipe: Recipe) -> Path:
     folder = resolve_path(recipe.eval.production or "")
     if not folder.is_dir():
         raise RecipeError(f"eval.production: {recipe.eval.production}: no such folder. Name the folder of a complete model.")
-    if wrong := complaint(folder):
+    if (wrong := complaint(folder)) and not is_completed(folder):
         raise RecipeError(f"eval.production: {recipe.eval.production} {wrong}")
     return folder
 

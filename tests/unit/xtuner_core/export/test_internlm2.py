@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from sentencepiece_model import PIECES, sentencepiece_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 
-from pipelines import base_model
+from pipelines import base_model, production
 from pipelines.artifacts import Store
 from pipelines.recipe import load_recipe
 from xtuner_core.errors import DataError, RecipeError
@@ -239,6 +239,8 @@ def test_it_can_be_a_recipe_s_base(vocabulary: str, tiny_model_folder: Path, tmp
     embedding = AutoModelForCausalLM.from_pretrained(made.payload / "model").get_input_embeddings()
     assert torch.equal(embedding.weight, weights["model.tok_embeddings.weight"])
     assert torch.equal(load_file(tmp_path / "internlm2" / "model.safetensors")["output.weight"], weights["output.weight"])
+    recipe = load_recipe("qwen3_tiny_full_openai", [f"eval.production={tmp_path / 'internlm2'}"])
+    assert Store(tmp_path / "store").produce(production.STAGE, recipe, {}, print).artifact.digest == made.digest
 
 
 def test_what_is_not_that_model_is_refused(tiny_model_folder: Path, tmp_path: Path) -> None:
