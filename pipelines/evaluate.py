@@ -239,4 +239,4 @@ def _files(dataset: EvalDataset) -> list[Path]:
     return sorted(file for file in found if file.is_file()) if path.is_dir() else [path]
 
 
-STAGE = Stage(name="eval", version=2, run=run, settings=settings, files=files)
+STAGE = Stage(name="eval", version=3, run=run, settings=settings, files=files)

@@ -22,13 +22,13 @@ _AHEAD = 1024
 
 
 def in_process(name: str, model_dir: Path, context: int, batch_size: int) -> dict[str, Any]:
-    """The folder, loaded by OpenCompass itself; `name` is CHAT or BASE."""
+    """The folder, loaded by OpenCompass itself in the precision of its weights, as servers load it; `name` is CHAT or BASE."""
     chat = {"type": "opencompass.models.HuggingFacewithChatTemplate", "meta_template": META}
     return {
         **(chat if name == CHAT else {"type": "opencompass.models.HuggingFaceBaseModel"}),
         "abbr": name,
         "path": str(model_dir.resolve()),
-        "model_kwargs": {"device_map": "auto", "torch_dtype": "bfloat16", "trust_remote_code": False},
+        "model_kwargs": {"device_map": "auto", "torch_dtype": "auto", "trust_remote_code": False},
         "tokenizer_kwargs": {"trust_remote_code": False},
         "generation_kwargs": {"do_sample": False},
         "max_seq_len": context,

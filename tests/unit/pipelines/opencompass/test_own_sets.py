@@ -101,6 +101,11 @@ def test_no_code_of_the_model_folder_may_run(tmp_path: Path, tiny_model_folder: 
     assert "auto_map" not in (folder / "tokenizer_config.json").read_text()
 
 
+def test_the_model_is_judged_in_the_precision_it_was_exported_in(tmp_path: Path) -> None:
+    for form in (models.CHAT, models.BASE):
+        assert models.in_process(form, tmp_path, 128, 1)["model_kwargs"]["torch_dtype"] == "auto"
+
+
 def test_a_server_is_asked_greedily_also_where_the_model_s_path_looks_like_a_reasoning_model(tmp_path: Path) -> None:
     model = models.served(Endpoint("http://127.0.0.1:1/v1", "/home/leo1/model"), tmp_path, 128, 1)
     assert model["temperature"] == model["openai_extra_kwargs"]["temperature"] == 0.0
