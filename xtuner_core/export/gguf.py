@@ -25,6 +25,7 @@ from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.export.gguf_vocabulary import add_vocabulary
 from xtuner_core.export.tensors import Lazy, Tensors, open_folder
 from xtuner_core.models.check import is_finite, require_own_tensors, some
+from xtuner_core.models.gguf_config import SLOWED, head_size, llama3_factors
 from xtuner_core.progress import shown
 
 ARCHITECTURES = {
@@ -88,7 +89,7 @@ def _config(folder: Path) -> Any:
 
 
 def _add_fields(writer: gguf.GGUFWriter, config: Any, name: str, file_type: int) -> None:
-    size = _head_size(config)
+    size = head_size(config)
     writer.add_name(name)
     writer.add_file_type(file_type)
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -109,13 +110,18 @@ def _add_fields(writer: gguf.GGUFWriter, config: Any, name: str, file_type: int)
         writer.add_expert_feed_forward_length(config.moe_intermediate_size)
 
 
-def _head_size(config: Any) -> int:
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+_ROPE = (
+    "rope_theta", "rope_type", "type", "factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "low_freq_factor",
+    "high_freq_factor",
+)  # fmt: skip
+_NEUTRAL = {"partial_rotary_factor": 1.0, "truncate": True}
 
 
 def _add_positions(writer: gguf.GGUFWriter, config: Any, size: int) -> None:
     """Rotary embedding; llama 3's scaling is a tensor, see `_named`."""
     rope = config.rope_parameters
+    if odd := [f"{name} = {value}" for name, value in rope.items() if name not in _ROPE and value not in (None, _NEUTRAL.get(name))]:
+        raise RecipeError(f"cannot be written as GGUF: there is no place for the positions' {', '.join(odd)}.")
     writer.add_rope_dimension_count(size)
     writer.add_rope_freq_base(rope["rope_theta"])
     match rope.get("rope_type", "default"):
@@ -128,6 +134,8 @@ def _add_positions(writer: gguf.GGUFWriter, config: Any, size: int) -> None:
             writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
             writer.add_rope_scaling_factor(rope["factor"])
             writer.add_rope_scaling_orig_ctx_len(rope.get("original_max_position_embeddings") or config.max_position_embeddings)
+            writer.add_rope_scaling_yarn_beta_fast(float(rope.get("beta_fast") or 32))
+            writer.add_rope_scaling_yarn_beta_slow(float(rope.get("beta_slow") or 1))
         case other:
             raise RecipeError(f"cannot be written as GGUF: rope_type {other}; known: default, linear, yarn, llama3.")
 
@@ -138,7 +146,7 @@ def _add_positions(writer: gguf.GGUFWriter, config: Any, size: int) -> None:
 def _named(tensors: Tensors, config: Any) -> Iterator[tuple[str, Lazy]]:
     """Under GGUF's names and in its layout."""
     if config.rope_parameters.get("rope_type") == "llama3":
-        yield "rope_freqs.weight", Lazy.of(_llama3_factors(config))
+        yield SLOWED, Lazy.of(llama3_factors(config))
     names = gguf.get_tensor_name_map(ARCHITECTURES[config.model_type], config.num_hidden_layers)
     unknown = []
     for name, tensor in _stacked(tensors).items():
@@ -148,16 +156,6 @@ def _named(tensors: Tensors, config: Any) -> Iterator[tuple[str, Lazy]]:
             unknown.append(name)
     if unknown:
         raise RecipeError(f"cannot be written as GGUF: these tensors have no name there: {some(unknown)}.")
-
-
-def _llama3_factors(config: Any) -> torch.Tensor:
-    """By how much each frequency is slowed down."""
-    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-
-    slowed, _ = ROPE_INIT_FUNCTIONS["llama3"](config, torch.device("cpu"))
-    size = _head_size(config)
-    plain = 1.0 / config.rope_parameters["rope_theta"] ** (torch.arange(0, size, 2, dtype=torch.float32) / size)
-    return plain / slowed
 
 
 def _rotated_heads(name: str, config: Any) -> int:

@@ -48,7 +48,7 @@ def require_own_tensors(folder: Path) -> None:
 
     if "quantization_config" in read_config(folder / "config.json"):  # what its quantizer makes of the tensors is its own matter
         return
-    with _without_report():
+    with without_report():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
@@ -69,7 +69,7 @@ def require_own_tensors(folder: Path) -> None:
 
 
 @contextmanager
-def _without_report() -> Iterator[None]:
+def without_report() -> Iterator[None]:
     """transformers prints a table of what we are about to tell, and a progress bar."""
     from transformers.utils import logging
 

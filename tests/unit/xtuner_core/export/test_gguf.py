@@ -19,6 +19,7 @@ from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.export.gguf import export_gguf
 from xtuner_core.export.gguf_vocabulary import PRE_TOKENIZERS, pre_tokenizer_name
 from xtuner_core.models.gguf import import_gguf
+from xtuner_core.models.gguf_config import config_of
 from xtuner_core.models.preset import create_from_config
 
 SHAPE: dict[str, Any] = {
@@ -29,9 +30,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "rope_theta": 50000.0},
     "llama, tied": {"model_type": "llama", "tie_word_embeddings": True},
     "qwen2": {"model_type": "qwen2"},
-    "qwen3": {"model_type": "qwen3", "head_dim": 128},  # transformers reads no other from a GGUF file
+    "qwen3": {"model_type": "qwen3", "head_dim": 32},
     "qwen3_moe": {
-        "model_type": "qwen3_moe", "head_dim": 128, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768,
+        "model_type": "qwen3_moe", "head_dim": 32, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 48,
         "norm_topk_prob": True,
     },
 }  # fmt: skip
@@ -67,8 +68,16 @@ def model_of(vocabulary: Path, tmp_path: Path) -> Callable[..., Path]:
     return make
 
 
-def read(file: Path, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype=dtype).state_dict()
+def read(file: Path) -> dict[str, torch.Tensor]:
+    """The tensors as fp32, by transformers' own reading with our config."""
+    config = config_of(file, gguf.GGUFReader(file))
+    return AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, config=config, dtype=torch.float32).state_dict()
+
+
+def logits(folder: Path) -> torch.Tensor:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.inference_mode():
+        return model(torch.arange(3, 123)[None]).logits
 
 
 def weights_of(folder: Path) -> dict[str, torch.Tensor]:
@@ -137,6 +146,73 @@ def test_tokens_and_template_come_back(model_of: Callable[..., Path], tmp_path: 
     assert (ours.eos_token, ours.bos_token, ours.pad_token) == (theirs.eos_token, theirs.bos_token, theirs.pad_token)
 
 
+LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
+YARN = {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "fields"),
+    [
+        ("llama", {"rope_parameters": {"rope_theta": 10000.0, **LLAMA3}}),
+        ("llama", {"rope_parameters": {"rope_theta": 10000.0, "rope_type": "linear", "factor": 4.0}}),
+        ("llama", {"attention_bias": True, "mlp_bias": True}),
+        ("llama", {"head_dim": 32}),
+        ("qwen2", {"rope_parameters": {"rope_theta": 50000.0, **YARN}}),
+        ("qwen2", {"rope_parameters": {"rope_theta": 50000.0, **YARN, "beta_fast": 8.0, "beta_slow": 2.0}}),
+        ("qwen3", {}),
+        ("qwen3_moe", {}),
+    ],
+)
+def test_there_and_back_is_the_same_model(name: str, fields: dict[str, Any], model_of: Callable[..., Path], tmp_path: Path) -> None:
+    """Scaled positions, biases, and sizes of heads and experts, which transformers' own reading loses."""
+    folder = model_of(name, **fields)
+    export_gguf(folder, tmp_path / "m.gguf", "f32")
+    import_gguf(tmp_path / "m.gguf", tmp_path / "again", "float32")
+    assert torch.equal(logits(tmp_path / "again"), logits(folder))
+
+
+def edited(file: Path, without: str = "", **fields: Any) -> Path:
+    """A copy of a GGUF file without a tensor, and with other fields or more."""
+    reader, copy = gguf.GGUFReader(file), file.with_name("edited.gguf")
+    writer = gguf.GGUFWriter(copy, reader.fields["general.architecture"].contents())
+    for field in reader.fields.values():
+        if not field.name.startswith("GGUF.") and field.name != "general.architecture" and field.name not in fields:
+            kind = field.types[0]
+            writer.add_key_value(field.name, field.contents(), kind, field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None)
+    for key, value in fields.items():
+        add = {str: writer.add_string, int: writer.add_uint32, float: writer.add_float32}[type(value)]
+        add(key, value)
+    for tensor in reader.tensors:
+        if tensor.name != without:
+            writer.add_tensor(tensor.name, tensor.data, raw_dtype=tensor.tensor_type)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return copy
+
+
+@pytest.mark.parametrize(
+    ("change", "complaint"),
+    [
+        ({"llama.rope.scaling.type": "longrope", "llama.rope.scaling.factor": 4.0}, "positions scaled by longrope are not known"),
+        ({"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0, "llama.rope.scaling.attn_factor": 0.5}, "attn_factor = 0.5"),
+        ({"llama.rope.dimension_count": 8}, "its heads have 16 numbers, but rope.dimension_count is 8"),
+        ({"split.count": 2}, "one of 2 parts"),
+        ({"without": "blk.1.ffn_up.weight"}, "model.layers.1.mlp.up_proj.weight is missing"),
+        ({"llama.feed_forward_length": 64}, r"gate_proj.weight is \[96, 64\] and should be \[64, 64\]"),
+        ({"llama.block_count": 1}, "of its numbers have no place in a LlamaForCausalLM"),
+    ],
+)
+def test_what_would_become_another_model_is_refused(
+    change: dict[str, Any], complaint: str, model_of: Callable[..., Path], tmp_path: Path
+) -> None:
+    export_gguf(model_of("llama"), tmp_path / "m.gguf", "bf16")
+    with pytest.raises(DataError, match=complaint):
+        import_gguf(edited(tmp_path / "m.gguf", **change), tmp_path / "again")
+    assert not (tmp_path / "again").exists()
+
+
 # What is in the file ----------------------------------------------------------------------------------------------------------------
 
 
@@ -179,8 +255,7 @@ def test_scaled_positions(rope: dict[str, Any], wanted: dict[str, Any], model_of
 
 
 def test_llama_3_s_scaling_is_a_tensor(model_of: Callable[..., Path], tmp_path: Path) -> None:
-    rope = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 64}
-    folder = model_of("llama", rope_parameters={"rope_theta": 10000.0, **rope})
+    folder = model_of("llama", rope_parameters={"rope_theta": 10000.0, **LLAMA3})
     export_gguf(folder, tmp_path / "m.gguf", "bf16")
     [factors] = [tensor for tensor in gguf.GGUFReader(tmp_path / "m.gguf").tensors if tensor.name == "rope_freqs.weight"]
     slowed = AutoModelForCausalLM.from_pretrained(folder).model.rotary_emb.inv_freq
@@ -245,6 +320,9 @@ def test_what_cannot_be_written_is_refused(model_of: Callable[..., Path], tiny_m
     refused(tiny_model_folder, "its tokenizer is no byte-level BPE with merges")
     folder = model_of("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
     refused(folder, "rope_type dynamic; known: default, linear, yarn, llama3")
+    shutil.rmtree(folder)
+    folder = model_of("llama", rope_parameters={"rope_theta": 10000.0, **YARN, "attention_factor": 2.0})
+    refused(folder, "no place for the positions' attention_factor = 2.0")
     shutil.rmtree(folder)
     folder = model_of("llama")
     weights = load_file(folder / "model.safetensors")
