@@ -87,7 +87,7 @@ def _as_recorded(state: Any, count: int) -> Run:
     deadline = time.monotonic() + 60
     while True:
         tasks = _tasks(state.state_details.flow_run_id)
-        if len(tasks) >= count and all(task.is_final() for task in tasks.values()):
+        if len(tasks) >= count and all(task is not None and task.is_final() for task in tasks.values()):
             time.sleep(0.3)
             return Run(state, _tasks(state.state_details.flow_run_id))
         assert time.monotonic() < deadline, tasks
