@@ -209,6 +209,8 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; the exit code says how it went, and a user's mistake is told without a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGHUP) is signal.SIG_DFL:  # the terminal is gone; with nohup it is ignored
+        signal.signal(signal.SIGHUP, _terminate)
     # Read when torch loads. Waiting threads spin a tenth of a millisecond, then sleep: nearly free alone, fair beside other processes.
     os.environ.setdefault("GOMP_SPINCOUNT", "100000")
     try:

@@ -85,7 +85,7 @@ def converse(model: Path, options: Options) -> None:
         RecipeError: not a model folder, an unknown chatter or template.
         DataError: the adapter does not fit the model.
         UserError: the server failed.
-        Interrupted: SIGTERM.
+        Interrupted: SIGTERM, SIGHUP.
     """
     from rich.console import Console
 
@@ -94,7 +94,9 @@ def converse(model: Path, options: Options) -> None:
     if options.prompt_template:
         template_name(options.prompt_template)  # before an adapter is merged
     with ExitStack() as stack:
-        stack.callback(signal.signal, signal.SIGTERM, signal.signal(signal.SIGTERM, _terminate))
+        for number in (signal.SIGTERM, signal.SIGHUP):  # the latter: the terminal is gone; nohup ignores it
+            if signal.getsignal(number) is not signal.SIG_IGN:
+                stack.callback(signal.signal, number, signal.signal(number, _terminate))
         folder = _served(stack, model, options, tell)
         log = Path(stack.enter_context(TemporaryDirectory(prefix="xtuner-chat-")), "server.log")
         request = Request(folder, start_timeout=options.start_timeout, url=options.url)
@@ -119,7 +121,7 @@ def _served(stack: ExitStack, model: Path, options: Options, tell: Console) -> P
 
 
 def _terminate(number: int, frame: object) -> None:
-    raise Interrupted("the conversation was ended by SIGTERM.")
+    raise Interrupted(f"the conversation was ended by {signal.Signals(number).name}.")
 
 
 def _talk(talk: Talk) -> None:
@@ -170,7 +172,7 @@ def _respond(talk: Talk) -> None:
     except openai.APIStatusError as error:
         if not sys.stdin.isatty():
             raise
-        talk.tell.print(f"the server refuses this: {reason(error)}", style="red")
+        talk.tell.print(f"the server refuses this: {reason(error).translate(_CONTROL)}", style="red")
         talk.turns.pop()
         return
     if not reply.text and reply.finish == _STOPPED:

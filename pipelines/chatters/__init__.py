@@ -30,7 +30,7 @@ class Request:
     model_dir: Path
     host: str = LOOPBACK
     port: int | None = None
-    """None: a free one."""
+    """None or 0: a free one."""
     token: str | None = field(default=None, repr=False)
     """Clients must send it (`Authorization: Bearer`); needed for any host but loopback."""
     start_timeout: int = START_SECONDS

@@ -53,7 +53,7 @@ def guard(upstream: str, model: str, token: str, hosts: Sequence[str]) -> Starle
         body = await _body(request)
         if body is None:
             return _refusal(413, f"longer than {LONGEST_BODY} bytes")
-        asked = client.build_request("POST", request.url.path, content=body, headers={"Content-Type": "application/json"})
+        asked = client.build_request("POST", request.scope["path"], content=body, headers={"Content-Type": "application/json"})
         try:
             answer = await client.send(asked, stream=True)
         except httpx.HTTPError as error:

@@ -25,8 +25,11 @@ GRACE_SECONDS = 10
 POLL_SECONDS = 0.2
 SHORTEST_TOKEN = 16
 _GUARD = Path(__file__).with_name("_guard.py")
-_PASSED_ON = ("PATH", "HOME", "TMPDIR", "LD_LIBRARY_PATH", "OMP_NUM_THREADS")
-_PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_")
+_PASSED_ON = (
+    *("PATH", "HOME", "USER", "LOGNAME", "TMPDIR", "XDG_CACHE_HOME", "VLLM_CACHE_ROOT", "LD_LIBRARY_PATH", "CC", "CXX"),
+    *("OMP_NUM_THREADS", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"),
+)
+_PASSED_ON_PREFIXES = ("CUDA_", "NVIDIA_", "NCCL_", "TRITON_", "TORCHINDUCTOR_")
 _OURS = {
     "LANG": "C.UTF-8",
     "HF_HUB_OFFLINE": "1",
@@ -72,7 +75,7 @@ def running(
 
 
 def environment() -> dict[str, str]:
-    """What a server needs of ours, without its secrets, and no network. HOME stays: compiled kernels are kept there."""
+    """What a server needs of ours, without its secrets, and no network. Compiled kernels are kept in HOME, or where the user moved them."""
     wanted = {name: value for name, value in os.environ.items() if name in _PASSED_ON or name.startswith(_PASSED_ON_PREFIXES)}
     return wanted | _OURS
 
@@ -111,8 +114,8 @@ def usable_port(port: int | None, host: str = LOOPBACK) -> int:
         except (OSError, OverflowError, UnicodeError) as error:
             reason = getattr(error, "strerror", None) or str(error)
             raise RecipeError(
-                f"port {port or '(any)'} on {host} cannot be used: {reason}{_holder(port)}. Choose another one "
-                "(--port, or chat.port of the recipe), or leave it out to get a free one; the address must be one of this machine."
+                f"port {port or '(any)'} on {host} cannot be used: {reason.rstrip('.')}{_holder(port)}. Choose another one (--port, where "
+                "0 is a free one, or chat.port of the recipe, without which it is a free one); the address must be one of this machine."
             ) from None
         return probe.getsockname()[1]
 
@@ -147,7 +150,8 @@ def _complain(doors: Sequence[tuple[Child, str, int]], timeout: int | None) -> N
             raise UserError(f"the chat server ended with status {status} before it answered. The end of its log:\n{tail(server.output)}")
         if timeout is not None:
             raise UserError(
-                f"the chat server did not answer within {timeout} s (chat.start_timeout). The end of its log:\n{tail(server.output)}"
+                f"the chat server did not answer within {timeout} s (chat.start_timeout, --start-timeout). "
+                f"The end of its log:\n{tail(server.output)}"
             )
 
 

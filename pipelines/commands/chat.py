@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Annotated
 
 from cyclopts import App, Parameter
-from cyclopts.types import NonNegativeFloat, PositiveFloat, PositiveInt
+from cyclopts.types import NonNegativeFloat, PositiveInt
+from cyclopts.validators import Number
 
 from pipelines.commands.recipe_options import DEFAULT_STORE, STAGES, Overrides, StoreDir, run_stage
 from xtuner_core.errors import RecipeError
@@ -55,7 +56,7 @@ def chat(
     url: str | None = None,
     max_tokens: Annotated[PositiveInt, Parameter(name=["--max-tokens", "--max-new-tokens"])] = 512,
     temperature: NonNegativeFloat = 0.0,
-    top_p: PositiveFloat | None = None,
+    top_p: Annotated[float | None, Parameter(validator=Number(gt=0, lte=1))] = None,
     seed: int | None = None,
     old: Old | None = None,
 ) -> None:
@@ -85,14 +86,29 @@ def chat(
     _refuse(old)
     if not target and not url:
         raise RecipeError("name a recipe, a model folder, or with --url a server.")
-    if url or Path(target).is_dir():
-        from pipelines.terminal_chat import Options, converse
+    from pipelines.terminal_chat import Options, converse
 
-        converse(Path(target), Options(system, adapter, prompt_template, chatter, url, max_tokens, temperature, top_p, seed))
+    options = Options(system, adapter, prompt_template, chatter, url, max_tokens, temperature, top_p, seed)
+    if Path(target).is_dir() or not target:
+        if overrides or store != DEFAULT_STORE:
+            raise RecipeError("--set and --store are for the smoke test of a recipe; this is a conversation with a model.")
+        converse(Path(target), options)
         return
-    if given := [name for name, value in (("adapter", adapter), ("system", system), ("prompt-template", prompt_template)) if value]:
-        raise RecipeError(f"--{' --'.join(given)}: for a conversation with a model, and there is no folder {target}.")
+    if given := [item.name.replace("_", "-") for item in fields(Options) if getattr(options, item.name) != item.default]:
+        raise RecipeError(
+            f"--{', --'.join(given)}: for a conversation with a model, and there is no folder {target}. A recipe has its section chat."
+        )
+    _require_recipe(target)
     run_stage("chat", target, overrides, store)
+
+
+def _require_recipe(target: str) -> None:
+    from pipelines.recipe import recipe_file
+
+    try:
+        recipe_file(target)
+    except RecipeError as error:
+        raise RecipeError(f"{error} Nor is there a model folder {target}.") from None
 
 
 def _refuse(old: Old | None) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
+from cyclopts.types import PositiveInt
 
 if TYPE_CHECKING:
     from pipelines.chatters import Endpoint
@@ -26,7 +27,7 @@ def serve(
     port: int = 8000,
     chatter: str = "auto",
     token_file: Path | None = None,
-    start_timeout: int = 900,
+    start_timeout: PositiveInt = 900,
 ) -> None:
     """Serve a model by OpenAI's protocol until Ctrl-C.
 
@@ -36,6 +37,8 @@ def serve(
         A LoRA folder (peft's form) to merge into the model first.
     host
         Where to listen; an address that others can reach needs a token.
+    port
+        0: a free one.
     chatter
         A module of pipelines/chatters; auto: lmdeploy where it can run, else transformers.
     token_file
@@ -50,7 +53,7 @@ def serve(
     from pipelines.served_model import model_to_serve
     from xtuner_core.errors import RecipeError
 
-    token = token_file.read_text(encoding="utf-8").strip() if token_file else os.environ.get(TOKEN)
+    token = token_file.read_text(encoding="utf-8", errors="replace").strip() if token_file else os.environ.get(TOKEN) or None
     if chatter == "openai":
         raise RecipeError("chatter openai is a server that runs already; to serve a model choose another one.")
     start = chatters.choose(chatter).serve

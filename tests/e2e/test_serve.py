@@ -71,6 +71,14 @@ def test_it_answers_with_the_token_until_control_c(tiny_model_folder: Path, tmp_
         assert not list(tmp_path.glob("xtuner-*"))
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_nothing_is_left_when_it_is_ended_or_its_terminal_goes(tiny_model_folder: Path, tmp_path: Path, number: signal.Signals) -> None:
+    with _serving(tmp_path, str(tiny_model_folder)) as (process, _):
+        process.send_signal(number)
+        assert process.wait(30) == 0
+        assert not list(tmp_path.glob("xtuner-*")), "with --adapter that would be a whole model"
+
+
 def test_kill_9_leaves_no_server(tiny_model_folder: Path, tmp_path: Path) -> None:
     with _serving(tmp_path, str(tiny_model_folder)) as (process, _):
         servers = psutil.Process(process.pid).children(recursive=True)
@@ -105,3 +113,6 @@ def test_what_is_no_model_or_no_way_to_serve_is_told_at_once(tiny_model_folder: 
     assert "a server that runs already" in told(str(tiny_model_folder), "--chatter", "openai")[1]
     assert "not an adapter folder" in told(str(tiny_model_folder), "--adapter", str(tmp_path))[1]
     assert told(str(tiny_model_folder), "--token-file", str(tmp_path / "gone"))[0] == 74
+    (tmp_path / "token").write_bytes(b"\xff" * 40)
+    assert told(str(tiny_model_folder), "--token-file", str(tmp_path / "token"))[0] == 78
+    assert told(str(tiny_model_folder), "--start-timeout", "0")[0] == 78

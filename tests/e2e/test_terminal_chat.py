@@ -197,14 +197,31 @@ def test_control_c_stops_the_answer_and_twice_the_conversation(endless: Path) ->
         assert _gone(servers)
 
 
-def test_sigterm_ends_the_conversation_even_while_an_answer_comes(endless: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_ends_the_conversation_even_while_an_answer_comes(
+    endless: Path, number: signal.Signals, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
     with _terminal(endless, "--max-tokens", "4000") as terminal:
         servers = _children(terminal)
         terminal.type("parcel\r")
         terminal.read_until("ship")
-        terminal.process.send_signal(signal.SIGTERM)
-        terminal.read_until("ended by SIGTERM")
+        terminal.process.send_signal(number)
+        terminal.read_until(f"ended by {number.name}")
         assert terminal.leaves() == 75
+        assert _gone(servers)
+        assert not list(tmp_path.glob("xtuner-*"))
+
+
+def test_a_server_that_dies_in_the_middle_of_an_answer_is_one_message(endless: Path) -> None:
+    with _terminal(endless, "--max-tokens", "4000") as terminal:
+        servers = _children(terminal)
+        terminal.type("parcel\r")
+        terminal.read_until("ship")
+        servers[-1].kill()
+        said = "".join(terminal.read_until("The end of its log"))
+        assert "error: the chat server did not answer" in said and "Traceback" not in said
+        assert terminal.leaves() == 70
         assert _gone(servers)
 
 

@@ -42,7 +42,10 @@ def test_a_folder_that_is_no_adapter(tiny_model_folder: Path, tmp_path: Path) ->
         (("--no-streamer",), ("--no-streamer: answers always come as a stream",)),
         (("--top-k", "40"), ("--top-k: the chat protocol has no such field",)),
         (("--system", "Be brief."), ("--system: for a conversation with a model, and there is no folder somewhere",)),
+        (("--chatter", "vllm", "--max-tokens", "9"), ("--chatter, --max-tokens: for a conversation with a model",)),
+        ((), ("recipe 'somewhere': no such file", "Nor is there a model folder somewhere")),
         (("--temperature", "-1"), ("Must be >= 0",)),
+        (("--top-p", "1.5"), ("Must be <= 1",)),
         (("--max-new-tokens", "0"), ("--max-new-tokens. Must be >",)),
     ],
 )
@@ -50,6 +53,12 @@ def test_old_options_and_wrong_values(arguments: tuple[str, ...], reasons: tuple
     assert main(["chat", "somewhere", *arguments]) == 78
     told = capsys.readouterr()
     assert all(reason in told.err + told.out for reason in reasons)
+
+
+def test_a_conversation_takes_no_options_of_a_recipe(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in (("--set", "chat.max_tokens=9"), ("--store", str(tmp_path))):
+        assert main(["chat", str(tmp_path), *arguments]) == 78
+        assert "--set and --store are for the smoke test of a recipe" in capsys.readouterr().err
 
 
 class _Refusing(BaseHTTPRequestHandler):

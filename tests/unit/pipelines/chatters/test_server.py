@@ -93,10 +93,13 @@ def test_no_secret_of_ours_reaches_a_server(serve: Serve, monkeypatch: pytest.Mo
     for name in secrets:
         monkeypatch.setenv(name, "canary")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/scratch/kernels")
+    monkeypatch.setenv("XDG_CACHE_HOME", "/scratch/cache")
     with serve("obeys") as endpoint, urllib.request.urlopen(endpoint.base_url.replace("/v1", "/environment")) as answer:
         told = json.load(answer)
     assert "canary" not in json.dumps(told)
     assert (told["HF_HUB_OFFLINE"], told["CUDA_VISIBLE_DEVICES"]) == ("1", "3")
+    assert (told["TRITON_CACHE_DIR"], told["XDG_CACHE_HOME"]) == ("/scratch/kernels", "/scratch/cache"), "a home may be small or read-only"
 
 
 def test_a_server_that_dies_at_once_is_told_with_its_last_lines(serve: Serve) -> None:
@@ -106,7 +109,10 @@ def test_a_server_that_dies_at_once_is_told_with_its_last_lines(serve: Serve) ->
 
 @pytest.mark.parametrize("behaviour", ["sick", "late"])
 def test_a_server_that_never_becomes_healthy_is_ended(serve: Serve, tmp_path: Path, behaviour: str) -> None:
-    with pytest.raises(UserError, match=r"did not answer within 3 s \(chat.start_timeout\)") as caught, serve(behaviour, start_timeout=3):
+    with (
+        pytest.raises(UserError, match=r"did not answer within 3 s \(chat.start_timeout, ") as caught,
+        serve(behaviour, start_timeout=3),
+    ):
         pytest.fail("it is not healthy")
     assert behaviour == "late" or "listening" in str(caught.value)
     assert not any(alive(pid) for pid in family(tmp_path))
