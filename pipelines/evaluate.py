@@ -80,7 +80,7 @@ def with_template(model_dir: Path, template: str | None, folder: Path) -> Path:
 
 def _has_template(model_dir: Path) -> bool:
     config = model_dir / "tokenizer_config.json"
-    return (model_dir / "chat_template.jinja").is_file() or (config.is_file() and "chat_template" in json.loads(config.read_bytes()))
+    return (model_dir / "chat_template.jinja").is_file() or bool(config.is_file() and json.loads(config.read_bytes()).get("chat_template"))
 
 
 @contextmanager

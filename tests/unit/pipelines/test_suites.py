@@ -168,13 +168,14 @@ def test_the_list_names_suites_and_kinds(capsys: pytest.CaptureFixture[str]) -> 
     assert all(word in told for word in (*shipped_names(), "general_questions (choice)", *evaluate.kinds()))
 
 
-def test_a_base_model_without_a_chat_template_is_asked_by_the_recipe_s(tmp_path: Path, tiny_model_folder: Path) -> None:
+@pytest.mark.parametrize("settings", ["{}", '{"chat_template": null}'])
+def test_a_base_model_without_a_chat_template_is_asked_by_the_recipe_s(tmp_path: Path, tiny_model_folder: Path, settings: str) -> None:
     assert evaluate.with_template(tiny_model_folder, "qwen2", tmp_path / "unused") == tiny_model_folder
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("tokenizer.json", "config.json"):
         (bare / name).write_bytes((tiny_model_folder / name).read_bytes())
-    (bare / "tokenizer_config.json").write_text("{}")
+    (bare / "tokenizer_config.json").write_text(settings)
     assert evaluate.with_template(bare, None, tmp_path / "unused") == bare
     speaking = evaluate.with_template(bare, "chatml", tmp_path / "speaking")
     assert (speaking / "chat_template.jinja").read_text() == chatml.JINJA
