@@ -133,7 +133,7 @@ def _merged(
 
 
 def _write(recipe: Recipe, work: Work, base_dir: Path, whole: Tensors) -> dict[str, str]:
-    """Every tensor rounded once; the digests of what was written, by its name in the folder."""
+    """Every tensor rounded once; the digests of what was written, by its name in the model."""
     import torch
 
     from xtuner_core.export.checkpoint import to_hugging_face
@@ -144,7 +144,7 @@ def _write(recipe: Recipe, work: Work, base_dir: Path, whole: Tensors) -> dict[s
     folder.mkdir()
     rounded = {name: tensor.to(dtype) if tensor.dtype.is_floating_point else tensor for name, tensor in whole.items()}
     digests: dict[str, str] = {}
-    published = noted(finite(to_hugging_face(base_dir, rounded)), digests)
+    published = finite(to_hugging_face(base_dir, noted(rounded, digests)))
     with progress("writing", sum(tensor.bytes for tensor in published.values()), work.log) as wrote:
         write_folder(published, folder, recipe.convert.max_shard_size, wrote)
     copy_texts(base_dir, folder, recipe.convert.dtype)
@@ -154,15 +154,17 @@ def _write(recipe: Recipe, work: Work, base_dir: Path, whole: Tensors) -> dict[s
 def _read_back(
     recipe: Recipe, model_dir: Path, digests: Mapping[str, str], reference: list[torch.Tensor], probes: list[list[int]]
 ) -> Checks:
-    """The folder's own tensors, to the bit; and the model they make, computed exactly, so that only the rounding is judged."""
+    """The folder's tensors are the model's to the bit, after their names and layout were changed and changed back; then only the rounding
+    is to be judged, so logits are computed exactly.
+    """
     import torch
 
     from xtuner_core.export.checkpoint import open_model
-    from xtuner_core.export.tensors import open_folder
-    from xtuner_core.export.verify import agreement, logits, require_bytes
+    from xtuner_core.export.verify import agreement, logits, require_noted
 
-    require_bytes(open_folder(model_dir), digests)
-    rounded = logits(model_dir, open_model(model_dir), probes)
+    exported = open_model(model_dir)
+    require_noted(exported, digests)
+    rounded = logits(model_dir, exported, probes)
     kept = agreement(reference, rounded, torch.finfo(getattr(torch, recipe.convert.dtype)).eps)
     if kept < MIN_AGREEMENT:
         raise DataError(

@@ -23,6 +23,8 @@ from pipelines.stage import Metrics, Work
 from xtuner_core.checkpoint.hf import weight_keys
 from xtuner_core.checkpoint.store import is_whole
 from xtuner_core.errors import DataError, RecipeError
+from xtuner_core.export import checkpoint
+from xtuner_core.export.tensors import Tensors
 
 pytestmark = pytest.mark.slow
 
@@ -142,6 +144,21 @@ def test_the_cards_tell_base_data_and_checks(store: Store) -> None:
     for text in texts.values():
         assert data in text and f"last loss: {last_loss}" in text and "of the largest" in text
         assert str(store.root) not in text and str(PROJECT) not in text
+
+
+@pytest.mark.parametrize("recipe", [LORA, FULL], ids=["lora", "full"])
+def test_two_tensors_in_each_other_s_place_are_found(recipe: Recipe, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of one shape and with little to say: the logits of a few samples hardly change."""
+    gate, up = (f"model.layers.0.mlp.{name}_proj.weight" for name in ("gate", "up"))
+    named = checkpoint.to_hugging_face
+
+    def swapped(folder: Path, tensors: Tensors) -> Tensors:
+        found = named(folder, tensors)
+        return {**found, gate: found[up], up: found[gate]}
+
+    monkeypatch.setattr(checkpoint, "to_hugging_face", swapped)
+    with pytest.raises(DataError, match=r"tensor model\.layers\.0\.mlp\.gate_proj\.weight read back from the exported folder is not what"):
+        run(recipe, store, tmp_path / "out")
 
 
 def test_full_training_exports_no_adapter(store: Store, tmp_path: Path) -> None:

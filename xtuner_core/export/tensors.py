@@ -120,7 +120,7 @@ def _stream(dtype: torch.dtype, extents: tuple[Extent, ...]) -> Iterator[torch.T
     numbers = torch.empty(min(PIECE, sum(extent.size for extent in extents) // dtype.itemsize), dtype=dtype)
     view = _bytes(numbers)
     for extent in extents:
-        for done in range(0, extent.size, len(view)):
+        for done in range(0, extent.size, len(view) or 1):
             size = min(len(view), extent.size - done)
             _read_into(view[:size], Extent(extent.file, extent.start + done, size))
             yield numbers[: size // dtype.itemsize]

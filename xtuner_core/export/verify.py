@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
-from functools import partial
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -118,29 +117,47 @@ class _Reader(nn.Module):
 
 
 def noted(tensors: Tensors, digests: dict[str, str]) -> dict[str, Lazy]:
-    """The same tensors; each leaves the sha256 of its bytes in `digests` when it is read."""
+    """The same tensors; each leaves a digest of its type, shape and numbers in `digests` when it was read."""
+    return {name: _noted(name, lazy, digests) for name, lazy in tensors.items()}
 
-    def read(name: str, lazy: Lazy) -> torch.Tensor:
-        tensor = lazy.read()
-        digests[name] = _digest(tensor)
+
+def _noted(name: str, lazy: Lazy, digests: dict[str, str]) -> Lazy:
+    def stream() -> Iterator[torch.Tensor]:
+        digest = _begun(lazy)
+        for part in lazy.pieces():
+            digest.update(_bytes(part))
+            yield part
+        digests[name] = digest.hexdigest()
+
+    def read() -> torch.Tensor:
+        tensor, digest = lazy.read(), _begun(lazy)
+        digest.update(_bytes(tensor))
+        digests[name] = digest.hexdigest()
         return tensor
 
-    return {name: Lazy(lazy.shape, lazy.dtype, partial(read, name, lazy)) for name, lazy in tensors.items()}
+    return Lazy(lazy.shape, lazy.dtype, read, stream=stream)
 
 
-def require_bytes(tensors: Tensors, digests: Mapping[str, str]) -> None:
+def require_noted(tensors: Tensors, digests: Mapping[str, str]) -> None:
     """Refuse tensors that are not those whose digests were noted when they were written, one read after the other.
 
     Raises:
-        DataError: one differs, is missing or is too many; names it.
+        DataError: one differs or was not among them; names it.
     """
-    for name in sorted(tensors.keys() | digests.keys()):
-        if name not in tensors or _digest(tensors[name].read()) != digests.get(name):
+    for name, lazy in tensors.items():
+        digest = _begun(lazy)
+        for part in lazy.pieces():
+            digest.update(_bytes(part))
+        if digest.hexdigest() != digests.get(name):
             raise DataError(f"tensor {name} read back from the exported folder is not what was written. Check the disk, and run it again.")
 
 
-def _digest(tensor: torch.Tensor) -> str:
-    return hashlib.sha256(tensor.contiguous().view(-1).view(torch.uint8).numpy()).hexdigest()  # pyright: ignore[reportArgumentType]
+def _begun(lazy: Lazy) -> hashlib._Hash:
+    return hashlib.sha256(f"{lazy.dtype} {list(lazy.shape)}\n".encode())
+
+
+def _bytes(tensor: torch.Tensor) -> memoryview:
+    return memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy())  # pyright: ignore[reportArgumentType]
 
 
 def largest_difference(one: Iterable[torch.Tensor], other: Iterable[torch.Tensor]) -> float:

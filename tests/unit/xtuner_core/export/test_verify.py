@@ -10,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from xtuner_core.errors import DataError
 from xtuner_core.export import verify
+from xtuner_core.export.checkpoint import open_model, to_hugging_face
 from xtuner_core.export.tensors import Lazy, open_folder, write_folder
-from xtuner_core.export.verify import agreement, largest_difference, noted, require_bytes
+from xtuner_core.export.verify import agreement, largest_difference, noted, require_noted
 
 
 @pytest.fixture
@@ -36,7 +38,7 @@ def written(model: dict[str, torch.Tensor], folder: Path) -> dict[str, str]:
 def test_what_is_read_back_is_what_was_written(model: dict[str, torch.Tensor], tmp_path: Path) -> None:
     digests = written(model, tmp_path)
     assert sorted(digests) == sorted(model)
-    require_bytes(open_folder(tmp_path), digests)
+    require_noted(open_folder(tmp_path), digests)
 
 
 @pytest.mark.parametrize("place", [0, 17, 58])
@@ -47,17 +49,37 @@ def test_another_bit_is_found(place: int, model: dict[str, torch.Tensor], tmp_pa
     content[-1 - place] ^= 1
     file.write_bytes(content)
     with pytest.raises(DataError, match=r"tensor (a|b|c) read back from the exported folder is not what was written"):
-        require_bytes(open_folder(tmp_path), digests)
+        require_noted(open_folder(tmp_path), digests)
 
 
-def test_a_tensor_less_or_more_is_found(model: dict[str, torch.Tensor], tmp_path: Path) -> None:
+def test_another_tensor_shape_or_type_is_found(model: dict[str, torch.Tensor], tmp_path: Path) -> None:
     digests = written(model, tmp_path)
-    found = open_folder(tmp_path)
-    with pytest.raises(DataError, match="tensor d read back"):
-        require_bytes({**found, "d": Lazy.of(torch.ones(1))}, digests)
-    del found["b"]
-    with pytest.raises(DataError, match="tensor b read back"):
-        require_bytes(found, digests)
+    for name, other in {"d": torch.ones(1), "a": model["a"].view(4, 3), "b": model["b"].view(torch.float16)}.items():
+        with pytest.raises(DataError, match=f"tensor {name} read back"):
+            require_noted({**open_folder(tmp_path), name: Lazy.of(other)}, digests)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_what_was_renamed_split_and_tied_comes_back(tied: bool, tmp_path: Path) -> None:
+    """Experts are one tensor in the model and many in the folder; two of them swapped are found, although every shape is right."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 16, "head_dim": 8, "vocab_size": 64, "num_experts": 4}
+    counts = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model("qwen3_moe", **sizes, **counts, tie_word_embeddings=tied)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    digests: dict[str, str] = {}
+    rounded = {name: tensor.to(torch.bfloat16) for name, tensor in open_model(tmp_path).items()}
+    assert "model.layers.0.mlp.experts.gate_up_proj" in rounded
+    config.save_pretrained(tmp_path / "out")
+    write_folder(to_hugging_face(tmp_path, noted(rounded, digests)), tmp_path / "out", "10KB")
+    require_noted(open_model(tmp_path / "out"), digests)
+
+    up = [f"model.layers.0.mlp.experts.{number}.up_proj.weight" for number in (0, 3)]
+    exported = {name: Lazy.of(tensor.read().clone()) for name, tensor in open_folder(tmp_path / "out").items()}
+    exported[up[0]], exported[up[1]] = exported[up[1]], exported[up[0]]
+    config.save_pretrained(tmp_path / "swapped")
+    write_folder(exported, tmp_path / "swapped")
+    with pytest.raises(DataError, match=r"tensor model\.layers\.0\.mlp\.experts\.gate_up_proj read back"):
+        require_noted(open_model(tmp_path / "swapped"), digests)
 
 
 def test_choices_agree_where_they_are_as_good() -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig
 
 from xtuner_core.export.checkpoint import open_model, outline
 from xtuner_core.export.tensors import Lazy, finite, open_folder, write_folder
-from xtuner_core.export.verify import logits, noted, require_bytes
+from xtuner_core.export.verify import logits, noted, require_noted
 
 CONFIG = {
     "model_type": "qwen3",
@@ -45,7 +45,7 @@ def main(folder: Path) -> None:
     model = {name: Lazy(shape, torch.bfloat16, partial(random, shape, block)) for name, shape in shapes.items()}
     before, digests = peak(), dict[str, str]()
     write_folder(noted(finite(model), digests), folder, "300MB")
-    require_bytes(open_folder(folder), digests)
+    require_noted(open_folder(folder), digests)
     (first, *_) = logits(folder, open_model(folder), PROBES)
     assert first.isfinite().all() and len(digests) == len(model)
     largest = max(torch.Size(shape).numel() for shape in shapes.values()) * torch.float32.itemsize
