@@ -122,7 +122,8 @@ class Store:
         for folder in (self.root / stage).glob("*"):
             try:
                 manifest = Artifact(folder).manifest
-                made.append((manifest["ingredients"]["inputs"] == inputs, manifest["created"], folder))
+                same = inputs is not None and manifest["ingredients"]["inputs"] == inputs
+                made.append((same, manifest["created"], folder))
             except (OSError, ValueError, KeyError, TypeError):
                 continue
         return Artifact(max(made)[-1]) if made else None
