@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -72,7 +73,7 @@ def _end(process: subprocess.Popen[bytes], grace: float) -> None:
             process.wait(grace + KILL_SECONDS)
     finally:
         if process.poll() is None:
-            process.terminate()
+            process.send_signal(signal.SIGINT)
             with suppress(subprocess.TimeoutExpired):
                 process.wait(2 * KILL_SECONDS)
         if process.poll() is None:

@@ -4,7 +4,7 @@
 
 It is its program's subreaper (Linux, prctl(2)): orphaned descendants become its children instead of init's, so that none can slip
 away, not even by a session of its own. It ends the program when it is sent SIGTERM, which the kernel also does when the process that
-started it is gone, killed with SIGKILL included. Then, or when the program ends by itself, it kills what is left and ends the same way.
+started it is gone, killed with SIGKILL included; SIGINT ends it at once. Then, or when the program ends by itself, it kills what is left and ends the same way.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ def die_with_parent(parent: int) -> None:
 
 
 def supervise(command: list[str], grace: float) -> int:
-    """Run `command` until it ends, or at most `grace` seconds longer than the first SIGTERM (a second one cuts them short).
+    """Run `command` until it ends, or at most `grace` seconds longer than the first SIGTERM; SIGINT cuts them short.
 
-    Returns its wait status; SIGKILL's if it had to be killed.
+    (Not a second SIGTERM: the kernel sends one for each thread of our parent that had us when it was killed.) Returns its wait status; SIGKILL's if it had to be killed.
     """
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
@@ -47,14 +47,13 @@ def supervise(command: list[str], grace: float) -> int:
     program, deadline = started.pid, None
     while (status := _reap(program)) is None:
         received = signal.sigtimedwait(_AWAITED, 60 if deadline is None else max(0, deadline - time.monotonic()))
-        if received is not None and received.si_signo != signal.SIGCHLD:
-            if deadline is not None:
-                break
+        number = None if received is None else received.si_signo
+        if number == signal.SIGINT or (deadline is not None and time.monotonic() >= deadline):
+            break
+        if number in (signal.SIGTERM, signal.SIGHUP) and deadline is None:
             deadline = time.monotonic() + grace
             with suppress(ProcessLookupError):
                 os.killpg(program, signal.SIGTERM)
-        elif deadline is not None and time.monotonic() >= deadline:
-            break
     _kill_the_rest()
     return signal.SIGKILL if status is None else status
 

@@ -154,6 +154,22 @@ def test_the_whole_family_dies_when_its_parent_is_killed_with_sigkill(tmp_path: 
         _end(parent, family)
 
 
+def test_a_second_sigterm_does_not_cut_the_grace_short(tmp_path: Path) -> None:
+    """The kernel sends one for each thread of a killed parent: a training that saves its checkpoint would be lost."""
+    saves = (
+        "import signal, sys, time; from pathlib import Path; "
+        "signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), Path(sys.argv[1]).touch(), sys.exit(0))); "
+        "print('ready', flush=True); time.sleep(60)"
+    )
+    with child(_python(saves, tmp_path / "saved"), tmp_path / "log", os.environ, grace=30) as running:
+        assert _until(lambda: "ready" in tail(tmp_path / "log"))
+        for _ in range(4):
+            running.process.terminate()
+            time.sleep(0.1)
+        assert running.process.wait(10) == 0
+    assert (tmp_path / "saved").exists()
+
+
 def test_the_child_dies_when_its_supervisor_is_killed_with_sigkill(tmp_path: Path) -> None:
     parent, family = _parent(tmp_path, WAIT, grace=0.5)
     try:
