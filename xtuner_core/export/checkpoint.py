@@ -120,11 +120,13 @@ def outline(folder: Path) -> PreTrainedModel:
         DataError: transformers has no model for it.
     """
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config)
     except (OSError, ValueError, KeyError) as error:
-        raise DataError(f"{folder / 'config.json'}: describes no model that transformers can load: {error}") from None
+        own_code = "trust_remote_code" in str(error)
+        reason = "it needs the Python code in its folder, which is never run" if own_code else error
+        raise DataError(f"{folder / 'config.json'}: describes no model that transformers can load: {reason}") from None
 
 
 def _transforms_of(model: PreTrainedModel, folder: Path) -> list[WeightTransform]:

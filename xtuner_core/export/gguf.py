@@ -70,7 +70,7 @@ def export_gguf(folder: Path, target: Path, kind: str) -> None:
 
 def _config(folder: Path) -> Any:
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise RecipeError(f"{folder}: no model folder: {next(iter(str(error).splitlines()), '')}") from None
     refused = [

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -142,6 +144,31 @@ def _open(folder: Path) -> Tensors:
         files = [(file, torch_files.load(file)) for file in pickles]
         return {name: Lazy.of(tensor) for file, held in files for name, tensor in torch_files.state_dict(held, file).items()}
     return open_folder(folder)
+
+
+@contextmanager
+def in_llama_form(base: Path, adapters: Sequence[Path], place: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """The folders themselves or, if `base` is an InternLM2 folder, its llama form and that of its adapters, in `place` for this block.
+
+    Raises as `to_llama` does.
+    """
+    if read_config(base / "config.json")["model_type"] != "internlm2":
+        yield base, list(adapters)
+        return
+    place.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=".llama-", dir=place) as scratch:
+        llama = Path(scratch, base.resolve().name)
+        to_llama(base, llama, "5GB")
+        forms = [_form_of(adapter, base, Path(scratch, f"adapter{number}", adapter.name)) for number, adapter in enumerate(adapters)]
+        yield llama, forms
+
+
+def _form_of(adapter: Path, base: Path, target: Path) -> Path:
+    """In llama's form; one that was trained on it already is."""
+    if not any(module in name for name in open_adapter(adapter).tensors for module in (_FUSED, *_MODULES)):
+        return adapter
+    _adapter_to_llama(adapter, target, base)
+    return target
 
 
 # Tensors ----------------------------------------------------------------------------------------------------------------------------

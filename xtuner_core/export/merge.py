@@ -30,6 +30,7 @@ from xtuner_core.durable import drafted, write_json
 from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.export.adapter import Adapter, open_adapter
 from xtuner_core.export.checkpoint import open_model, outline, to_hugging_face
+from xtuner_core.export.internlm2 import in_llama_form
 from xtuner_core.export.tensors import Lazy, Tensors, finite, open_folder, write_folder
 from xtuner_core.models.check import read_config, some
 from xtuner_core.progress import shown
@@ -53,6 +54,7 @@ def merge(
 
     Tensors have `dtype`, or what they have in the base. Memory: small blocks of a linear layer; of adapted experts and
     embeddings four times the tensor in fp32.
+    An InternLM2 base and its adapters get their llama form first, and the result has it: no code of the folder's own is needed, or run.
     `quantized_base` nf4 quantizes the base and de-quantizes it again first, as method qlora saw it; auto does so for its adapters.
 
     Raises:
@@ -64,12 +66,12 @@ def merge(
             f"{base}: its weights are stored quantized, and a merge would have to quantize them anew. Merge into the model it was made "
             "from; if the adapter was trained beside 4-bit NF4 weights, with --quantized-base nf4."
         )
-    opened = [(open_adapter(path), weight) for path, weight in adapters]
-    for adapter, _ in opened:
-        if (named := adapter.config.base_model_name_or_path) and Path(named).name != base.name:
-            say(f"note: {adapter.folder} says that it was trained on {named}")
-    tensors = published(base, opened, dtype, quantized_base, say)
-    with drafted(folder) as draft:
+    with drafted(folder) as draft, in_llama_form(base, [path for path, _ in adapters], folder.parent) as (base, paths):
+        opened = [(open_adapter(path), weight) for path, (_, weight) in zip(paths, adapters, strict=True)]
+        for adapter, _ in opened:
+            if (named := adapter.config.base_model_name_or_path) and Path(named).name != base.name:
+                say(f"note: {adapter.folder} says that it was trained on {named}")
+        tensors = published(base, opened, dtype, quantized_base, say)
         draft.mkdir()
         with shown(sum(tensor.bytes for tensor in tensors.values())) as wrote:
             write_folder(tensors, draft, max_shard_size, wrote)

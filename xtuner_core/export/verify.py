@@ -44,7 +44,7 @@ def logits(
 
 def _outline(config_dir: Path, dtype: torch.dtype) -> PreTrainedModel:
     """The model with parameters on the meta device, which take no memory, and its buffers as it computes them."""
-    config = AutoConfig.from_pretrained(config_dir, local_files_only=True)
+    config = AutoConfig.from_pretrained(config_dir, local_files_only=True, trust_remote_code=False)
     with init_empty_weights(include_buffers=False):
         return AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
 

@@ -51,7 +51,12 @@ def require_own_tensors(folder: Path) -> None:
     with without_report():
         try:
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                folder, device_map="meta", output_loading_info=True, ignore_mismatched_sizes=True, local_files_only=True
+                folder,
+                device_map="meta",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                local_files_only=True,
+                trust_remote_code=False,
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__)

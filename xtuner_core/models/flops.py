@@ -51,7 +51,7 @@ def costs_of(model_dir: Path, train: TrainConfig) -> Costs:
     """The costs of the model whose config is in the folder; nothing is read but that file."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+    config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     with torch.device("meta"), torch.random.fork_rng(devices=[]):
         model = AutoModelForCausalLM.from_config(config)
     text = config.get_text_config()

@@ -40,7 +40,7 @@ def outline_model(model_dir: Path, train: TrainConfig) -> PreTrainedModel:
         RecipeError: the folder is not a model that transformers can load.
     """
     try:
-        config = AutoConfig.from_pretrained(model_dir, local_files_only=True)
+        config = AutoConfig.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
         with no_init_weights():
             model = AutoModelForCausalLM.from_config(config, dtype=COMPUTE[train.dtype], attn_implementation=attention.register())
     except (OSError, ValueError, KeyError) as error:

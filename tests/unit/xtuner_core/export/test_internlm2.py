@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,10 @@ from pipelines import base_model, production
 from pipelines.artifacts import Store
 from pipelines.recipe import load_recipe
 from xtuner_core.errors import DataError, RecipeError
+from xtuner_core.export.checkpoint import outline
 from xtuner_core.export.internlm2 import Heads, from_llama, to_llama
+from xtuner_core.export.merge import merge
+from xtuner_core.models import check
 
 Weights = dict[str, torch.Tensor]
 IDS = torch.arange(3, 40)[None]
@@ -201,6 +205,26 @@ def test_an_adapter_of_the_fused_form(tiny_model_folder: Path, tmp_path: Path) -
         ours, theirs = llama(IDS).logits, internlm2({**weights, **merged}, config, IDS)
     assert float((ours - internlm2(weights, config, IDS)).abs().max()) > 0.1
     assert float((ours - theirs).abs().max() / theirs.abs().max()) <= 1e-5
+
+    for one, place in ((adapter, "merged"), (tmp_path / "adapter llama", "merged from llama's")):
+        merge(tmp_path / "internlm2", [(one, 1.0)], tmp_path / "models" / place)
+        with torch.no_grad():
+            ours = AutoModelForCausalLM.from_pretrained(tmp_path / "models" / place)(IDS).logits
+        assert float((ours - theirs).abs().max() / theirs.abs().max()) <= 1e-5
+    assert sorted(file.name for file in (tmp_path / "models").iterdir()) == ["merged", "merged from llama's"]
+
+
+@pytest.mark.parametrize("look", [outline, check.require_own_tensors], ids=lambda look: look.__name__)
+def test_nobody_is_asked_to_run_a_folder_s_code(
+    look: Callable[[Path], object], tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers itself would ask on the terminal, and run it on `y`."""
+    folder_of("plain", tmp_path / "internlm2", tiny_model_folder)
+    asked: list[str] = []
+    monkeypatch.setattr("builtins.input", lambda prompt="": asked.append(prompt) or "n")
+    with pytest.raises((DataError, RecipeError), match=r"code in its folder, which is never run|transformers cannot load this model"):
+        look(tmp_path / "internlm2")
+    assert asked == []
 
 
 def test_control_tokens_keep_the_ids_they_were_trained_with(tiny_model_folder: Path, tmp_path: Path) -> None:
