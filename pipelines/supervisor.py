@@ -4,7 +4,8 @@
 
 It is its program's subreaper (Linux, prctl(2)): orphaned descendants become its children instead of init's, so that none can slip
 away, not even by a session of its own. It ends the program when it is sent SIGTERM, which the kernel also does when the process that
-started it is gone, killed with SIGKILL included; SIGINT ends it at once. Then, or when the program ends by itself, it kills what is left and ends the same way.
+started it is gone, killed with SIGKILL included; SIGINT ends it at once. Then, or when the program ends by itself, it kills what is left
+and ends the same way.
 """
 
 from __future__ import annotations
@@ -38,7 +39,8 @@ def die_with_parent(parent: int) -> None:
 def supervise(command: list[str], grace: float) -> int:
     """Run `command` until it ends, or at most `grace` seconds longer than the first SIGTERM; SIGINT cuts them short.
 
-    (Not a second SIGTERM: the kernel sends one for each thread of our parent that had us when it was killed.) Returns its wait status; SIGKILL's if it had to be killed.
+    (Not a second SIGTERM: when our parent is killed, the kernel may send one for each of its threads.)
+    Returns its wait status; SIGKILL's if it had to be killed.
     """
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)

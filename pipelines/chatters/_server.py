@@ -59,7 +59,7 @@ def running(
         RecipeError: the port is taken, or the address is not loopback and there is no token.
         UserError: the server ended, or was not healthy in `request.start_timeout` seconds; the message holds the end of its log.
     """
-    _require_safe(request)
+    require_safe(request)
     port, started = usable_port(request.port, request.host), time.monotonic()
     inner = port if request.token is None else usable_port(None)
     with ExitStack() as stack:
@@ -80,7 +80,8 @@ def environment() -> dict[str, str]:
     return wanted | _OURS
 
 
-def _require_safe(request: Request) -> None:
+def require_safe(request: Request) -> None:
+    """RecipeError if others could use the model without a token worth the name."""
     if request.token is None:
         if request.host not in (LOOPBACK, "localhost"):
             raise RecipeError(

@@ -50,6 +50,7 @@ def serve(
 
     from pipelines import chatters
     from pipelines.chatters import Request
+    from pipelines.chatters._server import require_safe, usable_port
     from pipelines.served_model import model_to_serve
     from xtuner_core.errors import RecipeError
 
@@ -57,6 +58,8 @@ def serve(
     if chatter == "openai":
         raise RecipeError("chatter openai is a server that runs already; to serve a model choose another one.")
     start = chatters.choose(chatter).serve
+    require_safe(Request(model, host, port, token))  # before an adapter is merged, which may take minutes
+    usable_port(port, host)
     try:
         with model_to_serve(model, adapter) as folder, TemporaryDirectory(prefix="xtuner-serve-") as logs:
             log_file = Path(logs, "server.log")

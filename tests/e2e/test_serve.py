@@ -109,7 +109,8 @@ def test_what_is_no_model_or_no_way_to_serve_is_told_at_once(tiny_model_folder: 
 
     assert told(str(tmp_path))[0] == 78
     assert "not a model folder" in told(str(tmp_path))[1]
-    assert "needs a token" in told(str(tiny_model_folder), "--host", "0.0.0.0")[1]
+    assert "needs a token" in told(str(tmp_path), "--host", "0.0.0.0")[1], "before the model, which may take minutes to merge"
+    assert "cannot be used" in told(str(tmp_path), "--port", "99999")[1]
     assert "a server that runs already" in told(str(tiny_model_folder), "--chatter", "openai")[1]
     assert "not an adapter folder" in told(str(tiny_model_folder), "--adapter", str(tmp_path))[1]
     assert told(str(tiny_model_folder), "--token-file", str(tmp_path / "gone"))[0] == 74
