@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -71,8 +72,9 @@ def drafted(target: Path) -> Iterator[Path]:
     if target.exists():
         raise RecipeError(f"{target}: exists already; name a place where nothing is, or move it away.")
     target.parent.mkdir(parents=True, exist_ok=True)
+    for abandoned in _abandoned(target):
+        remove(abandoned)
     draft = target.with_name(f".{target.name}.{os.getpid()}.draft")
-    remove(draft)
     try:
         yield draft
         if draft.is_dir():
@@ -84,6 +86,23 @@ def drafted(target: Path) -> Iterator[Path]:
             sync_directory(target.parent)
     finally:
         remove(draft)
+
+
+def _abandoned(target: Path) -> list[Path]:
+    """Drafts of processes that were killed, and of one that had our number."""
+    found = {draft: re.fullmatch(r"\.(.+)\.(\d+)\.(?:\w+\.)?draft", draft.name) for draft in target.parent.glob(".*.draft")}
+    ours = {draft: int(name[2]) for draft, name in found.items() if name and name[1] == target.name}
+    return [draft for draft, process in ours.items() if process == os.getpid() or not _runs(process)]
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # another user's
+        return True
+    return True
 
 
 def remove(path: Path) -> None:

@@ -13,13 +13,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from xtuner_core.checkpoint.hf import copy_texts, require_whole
-from xtuner_core.durable import drafted, write_json
+from xtuner_core.durable import drafted, remove, write_json
 from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.export import torch_files
 from xtuner_core.export.adapter import CONFIG, WEIGHTS, open_adapter
@@ -147,20 +146,20 @@ def _open(folder: Path) -> Tensors:
 
 
 @contextmanager
-def in_llama_form(base: Path, adapters: Sequence[Path], place: Path) -> Iterator[tuple[Path, list[Path]]]:
-    """The folders themselves or, if `base` is an InternLM2 folder, its llama form and that of its adapters, in `place` for this block.
+def in_llama_form(base: Path, adapters: Sequence[Path], scratch: Path) -> Iterator[tuple[Path, list[Path]]]:
+    """The folders themselves or, if `base` is an InternLM2 folder, its llama form and that of its adapters, in `scratch` for this block.
 
     Raises as `to_llama` does.
     """
     if read_config(base / "config.json")["model_type"] != "internlm2":
         yield base, list(adapters)
         return
-    place.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=".llama-", dir=place) as scratch:
-        llama = Path(scratch, base.resolve().name)
+    try:
+        llama = scratch / base.resolve().name
         to_llama(base, llama, "5GB")
-        forms = [_form_of(adapter, base, Path(scratch, f"adapter{number}", adapter.name)) for number, adapter in enumerate(adapters)]
-        yield llama, forms
+        yield llama, [_form_of(adapter, base, scratch / f"adapter{number}" / adapter.name) for number, adapter in enumerate(adapters)]
+    finally:
+        remove(scratch)
 
 
 def _form_of(adapter: Path, base: Path, target: Path) -> Path:

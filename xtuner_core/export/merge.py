@@ -66,7 +66,7 @@ def merge(
             f"{base}: its weights are stored quantized, and a merge would have to quantize them anew. Merge into the model it was made "
             "from; if the adapter was trained beside 4-bit NF4 weights, with --quantized-base nf4."
         )
-    with drafted(folder) as draft, in_llama_form(base, [path for path, _ in adapters], folder.parent) as (base, paths):
+    with drafted(folder) as draft, in_llama_form(base, [path for path, _ in adapters], draft.with_suffix(".llama.draft")) as (base, paths):
         opened = [(open_adapter(path), weight) for path, (_, weight) in zip(paths, adapters, strict=True)]
         for adapter, _ in opened:
             if (named := adapter.config.base_model_name_or_path) and Path(named).name != base.name:
