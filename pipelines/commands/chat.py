@@ -11,7 +11,7 @@ from cyclopts.types import NonNegativeFloat, PositiveInt
 from cyclopts.validators import Number
 
 from pipelines.commands.recipe_options import DEFAULT_STORE, STAGES, Overrides, StoreDir, run_stage
-from xtuner_core.errors import RecipeError
+from xtuner_core.errors import DataError, RecipeError
 
 app = App(name="chat", group=STAGES)
 
@@ -60,7 +60,7 @@ def chat(
     seed: int | None = None,
     old: Old | None = None,
 ) -> None:
-    """Smoke-test a recipe's exported model; or, given a model folder, talk to it in the terminal (/help lists the commands there).
+    """Smoke-test a recipe's exported model (exit code 65 if it fails); or, given a model folder, talk to it in the terminal (/help there).
 
     Parameters
     ----------
@@ -99,7 +99,9 @@ def chat(
             f"--{', --'.join(given)}: for a conversation with a model, and there is no folder {target}. A recipe has its section chat."
         )
     _require_recipe(target)
-    run_stage("chat", target, overrides, store)
+    figures = run_stage("chat", target, overrides, store)
+    if not figures["ok"]:
+        raise DataError(f"the chat test failed: {'; '.join(figures['why'])}. What was made is kept.")
 
 
 def _require_recipe(target: str) -> None:

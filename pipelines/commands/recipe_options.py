@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from cyclopts import Group, Parameter
 
@@ -14,8 +15,8 @@ StoreDir = Annotated[Path, Parameter(help="Artifact store.")]
 DEFAULT_STORE = Path("artifacts")
 
 
-def run_stage(name: str, recipe: str, overrides: list[str] | None, store: Path) -> None:
-    """Make a stage's artifact, and what it needs, and print its figures."""
+def run_stage(name: str, recipe: str, overrides: list[str] | None, store: Path) -> Mapping[str, Any]:
+    """Make a stage's artifact, and what it needs, and print its figures; returns them."""
     from pipelines.artifacts import Store
     from pipelines.recipe import load_recipe
     from pipelines.runner import run_until
@@ -24,3 +25,4 @@ def run_stage(name: str, recipe: str, overrides: list[str] | None, store: Path) 
     for field, value in result.artifact.metrics.items():
         if isinstance(value, (int, float, str)):
             print(f"  {field}: {value}")
+    return result.artifact.metrics

@@ -211,7 +211,9 @@ def test_bad_data_fails_the_flow_in_words_and_keeps_what_was_made(first: Run, st
     assert whole(store) == before
 
 
-def test_a_failed_chat_test_fails_the_flow_but_keeps_the_model(first: Run, store: Store) -> None:
+def test_a_failed_chat_test_fails_the_flow_but_keeps_the_model(first: Run, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
+    from pipelines.cli import main
+
     strict = run_flow(store, "chat.min_correct=1.0")
     assert strict.names == {name: "Completed" if name == "chat" else "Cached" for name in NODES}
     assert strict.state.type.value == "FAILED"
@@ -219,6 +221,9 @@ def test_a_failed_chat_test_fails_the_flow_but_keeps_the_model(first: Run, store
     assert strict.summary["ok"] is False
     assert whole(store).keys() >= {str(stage(first, "convert").path)}
     assert "✗ expected" in report()
+    overrides = [word for override in (*SHORT, "chat.min_correct=1.0") for word in ("--set", override)]
+    assert main(["chat", TINY, *overrides, "--store", str(store.root)]) == 65
+    assert "error: the chat test failed: 0 of 2 answers are right" in capsys.readouterr().err
 
 
 def test_a_gate_that_is_not_passed_fails_the_flow_but_keeps_the_model(first: Run, store: Store, capsys: pytest.CaptureFixture[str]) -> None:
