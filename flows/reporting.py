@@ -11,7 +11,7 @@ from typing import Any
 
 from pipelines.artifacts import Artifact, Result
 from pipelines.chat import told
-from pipelines.figures import figure, gained
+from pipelines.comparison.figures import figure, gained
 from pipelines.model_card import plain
 from pipelines.pipeline import STAGES
 from pipelines.preview import visible

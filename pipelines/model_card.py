@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from pipelines.figures import figure, gained, percent
+from pipelines.comparison.figures import figure, gained, percent
 from pipelines.recipe import Recipe, resolve_path
 
 if TYPE_CHECKING:

@@ -13,14 +13,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from pipelines.bootstrap import RESAMPLES, interval, matched_interval, mcnemar
-from pipelines.gate import judge, require_possible
+from pipelines.comparison.bootstrap import RESAMPLES, interval, matched_interval, mcnemar
+from pipelines.comparison.gate import judge, require_possible
+from pipelines.comparison.page import page
+from pipelines.comparison.report import report
 from pipelines.model_card import CONTENDERS, card, shown_recipe
 from pipelines.recipe import EvalConfig, Recipe
 from pipelines.stage import Metrics, Stage, Work
 from pipelines.suites import chosen
-from pipelines.verdict_page import page
-from pipelines.verdict_report import report
 from xtuner_core.durable import write_bytes, write_json
 from xtuner_core.errors import DataError
 

@@ -86,7 +86,7 @@ def chat(
     _refuse(old)
     if not target and not url:
         raise RecipeError("name a recipe, a model folder, or with --url a server.")
-    from pipelines.terminal_chat import Options, converse
+    from pipelines.terminal.conversation import Options, converse
 
     options = Options(system, adapter, prompt_template, chatter, url, max_tokens, temperature, top_p, seed)
     if Path(target).is_dir() or not target:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from pipelines.expectations import Expect
+from pipelines.smoke.expectations import Expect
 from xtuner_core.config import Config
 from xtuner_core.errors import RecipeError
 

@@ -13,13 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipelines import verdict
+from pipelines.comparison.page import page
+from pipelines.comparison.report import report
 from pipelines.evaluate import _as_json
 from pipelines.evaluators import DatasetScore, Sample
 from pipelines.recipe import EvalConfig, EvalDataset, load_recipe
 from pipelines.stage import Work
 from pipelines.suites import Chosen
-from pipelines.verdict_page import page
-from pipelines.verdict_report import report
 from xtuner_core.errors import DataError, RecipeError
 
 TINY = "qwen3_tiny_full_openai"

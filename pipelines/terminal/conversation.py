@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from pipelines import chatters
 from pipelines.chatters import START_SECONDS, Request
 from pipelines.client import Reply, ask, client, reason
-from pipelines.prompt_template import template_name, with_template
 from pipelines.served_model import model_to_serve
-from pipelines.terminal_input import line_editing, read_message
+from pipelines.terminal.prompt_template import template_name, with_template
+from pipelines.terminal.typed import line_editing, read_message
 from xtuner_core.errors import Interrupted, RecipeError
 
 if TYPE_CHECKING:

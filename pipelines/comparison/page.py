@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from math import floor, log10
 from typing import Any
 
-from pipelines.figures import figure, gained, percent
+from pipelines.comparison.figures import figure, gained, percent
 from pipelines.page_parts import document, safe, section, table
 
 _STYLE = """

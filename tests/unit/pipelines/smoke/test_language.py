@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.language import language_of, may_be
+from pipelines.smoke.language import language_of, may_be
 
 TEXTS = {
     "en": "The capital of France is Paris, and it lies on the Seine.",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.cli import main
-from pipelines.terminal_chat import Options, converse
+from pipelines.terminal.conversation import Options, converse
 from xtuner_core.errors import RecipeError
 
 

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from pipelines.client import Reply
-from pipelines.expectations import Expect, failures, slowness
+from pipelines.smoke.expectations import Expect, failures, slowness
 
 
 def _reply(text: str, finish: str = "stop", tokens: int = 5, seconds: float = 1.0) -> Reply:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines.bootstrap import interval, matched_interval, mcnemar
+from pipelines.comparison.bootstrap import interval, matched_interval, mcnemar
 
 Scores = list[tuple[float, float]]
 PAIRS = st.lists(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipelines.repetition import loop
+from pipelines.smoke.repetition import loop
 
 LOOPS = {
     "an emoji": "👩" * 32,

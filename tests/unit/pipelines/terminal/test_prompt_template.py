@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.prompt_template import GONE, OLD_NAMES, template_name, with_template
+from pipelines.terminal.prompt_template import GONE, OLD_NAMES, template_name, with_template
 from xtuner_core import registry
 from xtuner_core.checkpoint.hf import eos_ids, read_generation_config
 from xtuner_core.data import templates

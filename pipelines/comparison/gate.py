@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from pipelines.figures import amount, figure, percent, signed, span
+from pipelines.comparison.figures import amount, figure, percent, signed, span
 from pipelines.recipe import EvalConfig, GateRule
 from xtuner_core.errors import RecipeError
 
@@ -28,8 +28,8 @@ def judge(rule: GateRule, dataset: Mapping[str, Any], confidence: float) -> dict
     """Whether a rule holds, with its figures and the reason in words; `dataset` is an entry of the verdict's scores.
 
     A rule that must be `sure` looks at the worse end of the interval. That is too narrow for few samples, so where answers are right or
-    wrong a second word is asked for (pipelines/bootstrap.py): of the exact test where a better model is demanded, of an interval that
-    is never of zero width where none may be much worse.
+    wrong a second word is asked for (bootstrap.py): of the exact test where a better model is demanded, of an interval that is never of
+    zero width where none may be much worse.
     """
     difference = dataset["differences"][rule.against]
     least = rule.beat_by if rule.beat_by is not None else 0.0 - (rule.lose_at_most or 0.0)

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pydantic import Field, field_validator
 
 from pipelines.client import Reply
-from pipelines.language import LANGUAGES, language_of, may_be
-from pipelines.repetition import loop
+from pipelines.smoke.language import LANGUAGES, language_of, may_be
+from pipelines.smoke.repetition import loop
 from xtuner_core.config import Config, Texts
 
 
@@ -18,7 +18,7 @@ class Expect(Config):
 
     non_empty: bool = Field(default=True, description="The answer has text.")
     stops: bool = Field(default=True, description="The model ends its turn by itself, before max_tokens.")
-    no_repetition: bool = Field(default=True, description="The answer does not loop (the rules: pipelines/repetition.py).")
+    no_repetition: bool = Field(default=True, description="The answer does not loop (the rules: pipelines/smoke/repetition.py).")
     language: str | None = Field(default=None, description=f"Language of the answer, as far as can be told: {', '.join(LANGUAGES)}.")
     regex: str | None = Field(default=None, description="A regular expression (Python's) that must be found in the answer.")
     contains: Texts = Field(default=(), description="Texts that must stand in the answer, in small or capital letters.")

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from pipelines.terminal_input import read_message
+from pipelines.terminal.typed import read_message
 
 
 @pytest.mark.parametrize(

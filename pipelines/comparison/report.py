@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from pipelines.figures import figure, gained, percent
+from pipelines.comparison.figures import figure, gained, percent
 from pipelines.model_card import plain
 from pipelines.preview import visible
 

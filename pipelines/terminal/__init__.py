@@ -1,0 +1,1 @@
+"""`xtuner chat`: a conversation in the terminal."""
