@@ -13,8 +13,8 @@ from pipelines.chatters import Request
 from pipelines.client import Reply, ask, client
 from pipelines.heldout import HeldOut, read_heldout
 from pipelines.recipe import ChatConfig, Recipe, resolve_path
-from pipelines.smoke import Prompt, load_smoke
 from pipelines.smoke.expectations import failures, slowness
+from pipelines.smoke.lists import Prompt, load_smoke
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core.durable import write_json
 from xtuner_core.errors import DataError

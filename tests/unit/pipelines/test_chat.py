@@ -13,7 +13,7 @@ from pipelines.chat import judge, spread, told
 from pipelines.client import Reply
 from pipelines.heldout import HeldOut
 from pipelines.recipe import ChatConfig, Recipe, load_recipe
-from pipelines.smoke import Prompt
+from pipelines.smoke.lists import Prompt
 from xtuner_core.errors import DataError
 
 CONFIG = ChatConfig.model_validate({"prompts": "x.jsonl", "min_correct": 0.8, "max_tokens": 8})

@@ -8,7 +8,7 @@ import pytest
 
 from pipelines import chat
 from pipelines.recipe import load_recipe
-from pipelines.smoke import load_smoke, shipped_names
+from pipelines.smoke.lists import load_smoke, shipped_names
 from xtuner_core.errors import RecipeError
 
 GOOD = """
