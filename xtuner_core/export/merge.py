@@ -223,8 +223,11 @@ def _saved_along(peft: _Unfilled, base: Tensors) -> dict[str, Lazy]:
     return {name: Lazy.of(tensor).to(torch.float32) for name, tensor in named.items() if name in base}
 
 
-def _lazy(shape: tuple[int, ...], blocks: Callable[[], Iterator[torch.Tensor]]) -> Lazy:
-    return Lazy(shape, torch.float32, lambda: _joined(blocks()), stream=lambda: (block.reshape(-1) for block in blocks()))
+def _lazy(shape: tuple[int, ...], blocks: Callable[[], Iterator[torch.Tensor]], never_whole: bool) -> Lazy:
+    def stream() -> Iterator[torch.Tensor]:
+        return (block.reshape(-1) for block in blocks())
+
+    return Lazy(shape, torch.float32, lambda: _joined(blocks()), stream=stream, never_whole=never_whole)
 
 
 def _changed(peft: _Unfilled, base: Tensors) -> Iterator[tuple[str, Lazy]]:
@@ -238,7 +241,7 @@ def _changed(peft: _Unfilled, base: Tensors) -> Iterator[tuple[str, Lazy]]:
                 name = f"{_in_base(path)}.{parameter}"
                 if name not in base:
                     raise DataError(f"tensor {name} is missing in the base's weights. Copy the model folder again.")
-                yield name, _lazy(base[name].shape, partial(_merge_layer, layer, path, parameter, peft.numbers, base))
+                yield name, _lazy(base[name].shape, partial(_merge_layer, layer, path, parameter, peft.numbers, base), _has_rows(layer))
 
 
 def _parameters(layer: LoraLayer | TrainableTokensLayer) -> list[str]:
@@ -262,10 +265,15 @@ def _blocks(layer: Any, parameter: torch.Tensor) -> list[slice]:
 
     Never fewer than 64 if there are as many: products with a few rows are summed in another order than those with all.
     """
-    if not isinstance(layer, Linear) or layer.fan_in_fan_out:
+    if not _has_rows(layer):
         return [slice(None)]
     count = max(1, min(parameter.numel() // BLOCK, len(parameter) // 64))
     return [slice(*ends) for ends in pairwise(len(parameter) * number // count for number in range(count + 1))]
+
+
+def _has_rows(layer: Any) -> bool:
+    """Whether rows of its weight can be merged without the others."""
+    return isinstance(layer, Linear) and not layer.fan_in_fan_out
 
 
 @torch.no_grad()

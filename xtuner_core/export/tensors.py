@@ -9,9 +9,11 @@ import mmap
 import os
 import struct
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -43,6 +45,8 @@ class Lazy:
     """Where its bytes lie, one range of whole numbers after the other, if they lie in files as they are."""
     stream: Callable[[], Iterator[torch.Tensor]] | None = None
     """Its numbers in flat pieces, each valid until the next, if there is a cheaper way to them than to `read` all."""
+    never_whole: bool = False
+    """Its `stream` holds some pieces only, so that several such tensors can be written at once."""
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> Lazy:
@@ -52,7 +56,7 @@ class Lazy:
     @classmethod
     def stored(cls, shape: tuple[int, ...], dtype: torch.dtype, *extents: Extent) -> Lazy:
         """A tensor that lies in files; what is read of a single range is mapped memory, which is given back with the tensor."""
-        return cls(shape, dtype, partial(_read, shape, dtype, extents), extents, partial(_stream, dtype, extents))
+        return cls(shape, dtype, partial(_read, shape, dtype, extents), extents, partial(_stream, dtype, extents), never_whole=True)
 
     @property
     def bytes(self) -> int:
@@ -63,7 +67,17 @@ class Lazy:
         """The same tensor, rounded once to `dtype` when it is read."""
         if dtype == self.dtype:
             return self
-        return Lazy(self.shape, dtype, lambda: self.read().to(dtype), stream=lambda: (part.to(dtype) for part in self.pieces()))
+        return self.through(lambda part: part.to(dtype), dtype)
+
+    def through(self, change: Callable[[torch.Tensor], torch.Tensor], dtype: torch.dtype | None = None) -> Lazy:
+        """The same tensor, each piece of which (or the whole, where it is read so) goes through `change`."""
+        return Lazy(
+            self.shape,
+            dtype or self.dtype,
+            lambda: change(self.read()),
+            stream=lambda: map(change, self.pieces()),
+            never_whole=self.never_whole,
+        )
 
     def pieces(self) -> Iterator[torch.Tensor]:
         """Its numbers in their order, flat and a few at a time, each piece valid until the next. What must be computed whole is at once."""
@@ -174,18 +188,12 @@ def finite(tensors: Tensors) -> dict[str, Lazy]:
 
 def _finite(name: str, tensor: Lazy) -> Lazy:
     def checked(part: torch.Tensor) -> torch.Tensor:
-        if not _is_finite(part):
-            raise DataError(f"tensor {name} holds NaN or infinity as {tensor.dtype}; it is not written.")
+        with _one_thread():
+            if not all(map(_is_finite, part.reshape(-1).split(PIECE))):
+                raise DataError(f"tensor {name} holds NaN or infinity as {tensor.dtype}; it is not written.")
         return part
 
-    def read() -> torch.Tensor:
-        found = tensor.read()
-        with _one_thread():
-            for part in found.reshape(-1).split(PIECE):
-                checked(part)
-        return found
-
-    return Lazy(tensor.shape, tensor.dtype, read, stream=lambda: map(checked, tensor.pieces()))
+    return tensor.through(checked)
 
 
 @contextmanager
@@ -209,7 +217,7 @@ def write_folder(tensors: Tensors, folder: Path, max_shard_size: str = "5GB", wr
     """Write weights as `model.safetensors`, or as numbered shards with an index if they need several; equal tensors give equal bytes.
 
     The bytes are those of the safetensors library; shards are cut as transformers cuts them, in the order of `tensors`.
-    Tensors are read and written one after the other in that order. `wrote` is told the bytes of each as it is written.
+    Those that come in pieces are written first, some at a time, the others one after the other. `wrote` is told the bytes of each.
 
     Raises:
         StorageError: it cannot be written.
@@ -237,16 +245,36 @@ def _split(tensors: Tensors, max_shard_size: str) -> StateDictSplit:
 def write_file(path: Path, tensors: Tensors, wrote: Callable[[int], None] = lambda count: None) -> None:
     """Write one safetensors file (StorageError: it cannot be written); see `write_folder`."""
     beginning, starts = _layout(tensors)
+
+    def write(name: str) -> int:
+        with open(path, "r+b", buffering=0) as file:
+            file.seek(len(beginning) + starts[name])
+            _write(file, name, tensors[name])
+        return tensors[name].bytes
+
     try:
         with open(path, "wb", buffering=0) as file:
             _write_all(file, memoryview(beginning))
-            for name, tensor in tensors.items():
-                file.seek(len(beginning) + starts[name])
-                _write(file, name, tensor)
-                wrote(tensor.bytes)
+            for size in chain(_side_by_side(write, tensors), map(write, _one_by_one(tensors))):
+                wrote(size)
             os.fsync(file.fileno())
     except OSError as error:
         raise from_os_error(OSError(error.errno, error.strerror, error.filename or str(path))) from None
+
+
+def _one_by_one(tensors: Tensors) -> list[str]:
+    """Tensors of which one in memory may be all that there is room for."""
+    return [name for name, tensor in tensors.items() if not tensor.never_whole]
+
+
+def _side_by_side(write: Callable[[str], int], tensors: Tensors) -> Iterator[int]:
+    """The others, as many at a time as torch has threads; each is one thread's work."""
+    pool = ThreadPoolExecutor(torch.get_num_threads(), initializer=torch.set_num_threads, initargs=(1,))
+    try:
+        with _one_thread():
+            yield from pool.map(write, [name for name, tensor in tensors.items() if tensor.never_whole])
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _layout(tensors: Tensors) -> tuple[bytes, dict[str, int]]:

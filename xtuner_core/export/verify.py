@@ -135,7 +135,7 @@ def _noted(name: str, lazy: Lazy, digests: dict[str, str]) -> Lazy:
         digests[name] = digest.hexdigest()
         return tensor
 
-    return Lazy(lazy.shape, lazy.dtype, read, stream=stream)
+    return Lazy(lazy.shape, lazy.dtype, read, stream=stream, never_whole=lazy.never_whole)
 
 
 def require_noted(tensors: Tensors, digests: Mapping[str, str]) -> None:
