@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 import sys
 import time
 from collections.abc import Mapping
@@ -113,8 +112,18 @@ def memory(device: torch.device) -> tuple[float, float]:
         peaks = torch.cuda.max_memory_allocated(device) / GIB, torch.cuda.max_memory_reserved(device) / GIB
         torch.cuda.reset_peak_memory_stats(device)
         return peaks
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB
+    peak = peak_resident() / GIB
     return peak, peak
+
+
+def peak_resident() -> int:
+    """The largest resident set of this process so far, in bytes.
+
+    Not getrusage's: that begins with the peak of the process which started this one, as Linux keeps it across exec.
+    """
+    with open("/proc/self/status", encoding="ascii") as status:
+        kilobytes = next(line.split()[1] for line in status if line.startswith("VmHWM"))
+    return int(kilobytes) * 1024
 
 
 def say(rank: int, message: str) -> None:

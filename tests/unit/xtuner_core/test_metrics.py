@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import math
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from xtuner_core.metrics import StepMetrics, ValidationMetrics, json_line, memory
+from xtuner_core.metrics import GIB, StepMetrics, ValidationMetrics, json_line, memory
 
 SEEDS_LINE = (
     "Step 12/100 data_time: 0.0051 lr: 0.000008 time: 0.0509 text_tokens: 4010.0 total_loss: 9.007, reduced_llm_loss: 9.007 "
@@ -55,3 +57,10 @@ def test_memory_is_that_of_this_process() -> None:
     status = Path("/proc/self/status").read_text()
     [peak] = re.findall(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE)
     assert memory(torch.device("cpu")) == pytest.approx((int(peak) / 2**20,) * 2, rel=0.01)
+
+
+def test_peak_memory_is_this_process_s_own_not_that_of_the_one_that_started_it() -> None:
+    ballast = torch.ones(GIB // 4)  # 1 GiB
+    told = "import torch; from xtuner_core.metrics import memory; print(memory(torch.device('cpu'))[0])"
+    done = subprocess.run([sys.executable, "-c", told], capture_output=True, text=True, check=True)
+    assert memory(torch.device("cpu"))[0] > ballast.nbytes / GIB > 0.9 > float(done.stdout)

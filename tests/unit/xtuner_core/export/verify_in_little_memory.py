@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import sys
 from functools import partial
 from pathlib import Path
@@ -14,6 +13,7 @@ from transformers import AutoConfig
 from xtuner_core.export.checkpoint import open_model, outline
 from xtuner_core.export.tensors import Lazy, finite, open_folder, write_folder
 from xtuner_core.export.verify import logits, noted, require_noted
+from xtuner_core.metrics import peak_resident
 
 CONFIG = {
     "model_type": "qwen3",
@@ -34,22 +34,18 @@ def random(shape: tuple[int, ...], block: torch.Tensor) -> torch.Tensor:
     return block.repeat(-(-size // len(block)))[:size].view(shape)
 
 
-def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def main(folder: Path) -> None:
     AutoConfig.for_model(**CONFIG).save_pretrained(folder)
     block = torch.randn(65537).mul(0.02).bfloat16()
     shapes = {name: tuple(parameter.shape) for name, parameter in outline(folder).named_parameters()}
     model = {name: Lazy(shape, torch.bfloat16, partial(random, shape, block)) for name, shape in shapes.items()}
-    before, digests = peak(), dict[str, str]()
+    before, digests = peak_resident(), dict[str, str]()
     write_folder(noted(finite(model), digests), folder, "300MB")
     require_noted(open_folder(folder), digests)
     (first, *_) = logits(folder, open_model(folder), PROBES)
     assert first.isfinite().all() and len(digests) == len(model)
     largest = max(torch.Size(shape).numel() for shape in shapes.values()) * torch.float32.itemsize
-    print(json.dumps({"grown": peak() - before, "largest": largest, "model": sum(tensor.bytes for tensor in model.values())}))
+    print(json.dumps({"grown": peak_resident() - before, "largest": largest, "model": sum(tensor.bytes for tensor in model.values())}))
 
 
 if __name__ == "__main__":
