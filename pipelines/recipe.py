@@ -11,6 +11,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from pipelines import shipped
 from xtuner_core.config import Config, DataConfig, TrainConfig
 from xtuner_core.errors import RecipeError
 
@@ -124,7 +125,7 @@ _UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)
 
 def shipped_names() -> list[str]:
     """The recipes that come with the project."""
-    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+    return shipped.names(SHIPPED)
 
 
 def recipe_file(name_or_path: str) -> Path:
@@ -133,13 +134,7 @@ def recipe_file(name_or_path: str) -> Path:
     Raises:
         RecipeError: neither exists; the message lists the shipped names.
     """
-    shipped = SHIPPED / f"{name_or_path}.yaml"
-    if name_or_path in shipped_names():
-        return shipped
-    path = Path(name_or_path)
-    if path.is_file():
-        return path
-    raise RecipeError(f"recipe {name_or_path!r}: no such file, and the shipped recipes are {', '.join(shipped_names())}.")
+    return shipped.find(SHIPPED, name_or_path, "recipe", "recipes")
 
 
 def load_recipe(name_or_path: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
+from pipelines import shipped
 from pipelines.smoke.expectations import Expect
 from xtuner_core.config import Config
 from xtuner_core.errors import RecipeError
@@ -71,7 +72,7 @@ class Smoke(Config):
 
 def shipped_names() -> list[str]:
     """The smoke tests that come with the project."""
-    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+    return shipped.names(SHIPPED)
 
 
 def smoke_file(name_or_path: str) -> Path:
@@ -80,12 +81,7 @@ def smoke_file(name_or_path: str) -> Path:
     Raises:
         RecipeError: neither exists; the message lists the shipped names.
     """
-    if name_or_path in shipped_names():
-        return SHIPPED / f"{name_or_path}.yaml"
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        return path
-    raise RecipeError(f"chat.smoke {name_or_path!r}: no such file, and the shipped smoke tests are {', '.join(shipped_names())}.")
+    return shipped.find(SHIPPED, name_or_path, "chat.smoke", "smoke tests")
 
 
 def load_smoke(name_or_path: str) -> Smoke:

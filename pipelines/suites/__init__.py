@@ -15,6 +15,7 @@ from pathlib import Path
 import yaml
 from pydantic import Field, ValidationError
 
+from pipelines import shipped
 from pipelines.recipe import EvalConfig, EvalDataset, resolve_path
 from xtuner_core.config import Config
 from xtuner_core.errors import RecipeError
@@ -41,7 +42,7 @@ class Chosen:
 
 def shipped_names() -> list[str]:
     """The suites that come with the project."""
-    return sorted(file.stem for file in SHIPPED.glob("*.yaml"))
+    return shipped.names(SHIPPED)
 
 
 def load_suite(name_or_path: str) -> Suite:
@@ -92,9 +93,4 @@ def _choose(dataset: EvalDataset, suite: str | None, folder: Path | None) -> Cho
 
 
 def _suite_file(name_or_path: str) -> Path:
-    if name_or_path in shipped_names():
-        return SHIPPED / f"{name_or_path}.yaml"
-    path = Path(name_or_path).expanduser()
-    if path.is_file():
-        return path
-    raise RecipeError(f"suite {name_or_path!r}: no such file, and the shipped suites are {', '.join(shipped_names())}.")
+    return shipped.find(SHIPPED, name_or_path, "suite", "suites")
