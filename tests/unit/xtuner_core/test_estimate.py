@@ -168,6 +168,9 @@ MIDDLE = {
     "model_type": "llama", "hidden_size": 512, "intermediate_size": 1536, "num_hidden_layers": 6, "num_attention_heads": 8,
     "num_key_value_heads": 4, "vocab_size": 8192, "max_position_embeddings": 8192, "tie_word_embeddings": False,
 }  # fmt: skip
+ALLOCATOR = {"GLIBC_TUNABLES": "", "MALLOC_MMAP_THRESHOLD_": str(32 * 2**20), "MALLOC_TRIM_THRESHOLD_": str(64 * 2**20)}
+"""Where glibc's own thresholds end up after large tensors were freed: an environment that sets others gives memory back sooner, and takes
+up to a third less than is told (measured: 1.02 GiB instead of 1.33)."""
 
 
 @pytest.mark.slow
@@ -181,7 +184,7 @@ def test_a_real_run_takes_what_was_told(method: str, dtype: str, length: int, tm
     chats, work = PROJECT / "data" / "openai_chats" / "train.jsonl", tmp_path / "work"
     words = ["--model-cfg", str(tmp_path / "config.json"), "--dataset", str(chats), "--work-dir", str(work), "--total-step", "2"]
     words += ["--pack-max-length", str(length), "--method", method, "--dtype", dtype]
-    environment = {**os.environ, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **ALLOCATOR, "PYTHONPATH": str(PROJECT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "xtuner_core.sft", *words], env=environment, capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr
     taken = json.loads((work / "metrics.jsonl").read_text().splitlines()[-1])["max_memory"]
