@@ -27,7 +27,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from pipelines.recipe import Recipe
-from pipelines.stage import Log, Metrics, Stage, Work
+from pipelines.stage import Log, Metrics, Progress, Stage, Work, untold
 from xtuner_core.digest import key_of, library_version, sha256
 from xtuner_core.durable import publish, remove, write_json
 from xtuner_core.errors import DataError
@@ -128,7 +128,7 @@ class Store:
                 continue
         return Artifact(max(made)[-1]) if made else None
 
-    def produce(self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Artifact], log: Log) -> Result:
+    def produce(self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Artifact], log: Log, progress: Progress = untold) -> Result:
         """Lock, look up, and if need be run the stage and publish its artifact.
 
         Two callers with one key: the second waits and then finds the first one's artifact. The lock is the kernel's (flock),
@@ -144,7 +144,7 @@ class Store:
             except Damaged as damage:
                 log(f"{stage.name}: artifact {key} is damaged ({damage}); it is set aside and rebuilt")
                 self._set_aside(stage.name, key)
-            artifact = self._run(stage, recipe, inputs, key, ingredients, log)
+            artifact = self._run(stage, recipe, inputs, key, ingredients, log, progress)
             remove(self.root / ".damaged" / f"{stage.name}-{key}")
             return Result(artifact, False, time.monotonic() - started)
 
@@ -195,7 +195,14 @@ class Store:
         os.rename(self.root / stage / key, target)
 
     def _run(
-        self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Artifact], key: str, ingredients: dict[str, Any], log: Log
+        self,
+        stage: Stage,
+        recipe: Recipe,
+        inputs: Mapping[str, Artifact],
+        key: str,
+        ingredients: dict[str, Any],
+        log: Log,
+        progress: Progress,
     ) -> Artifact:
         attempt = self.root / ".work" / f"{stage.name}-{key}"
         if not stage.resumable:
@@ -204,7 +211,7 @@ class Store:
         for folder in parts.values():
             folder.mkdir(parents=True, exist_ok=True)
         started = time.monotonic()
-        work = Work({name: item.payload for name, item in inputs.items()}, **parts, cache=self.cache, log=log)
+        work = Work({name: item.payload for name, item in inputs.items()}, **parts, cache=self.cache, log=log, progress=progress)
         metrics = stage.run(recipe, work)
         self._require_unchanged(stage.files(recipe), ingredients["files"])
         remove(parts["scratch"])

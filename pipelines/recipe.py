@@ -77,7 +77,11 @@ class EvalConfig(Config):
     batch_size: int = Field(default=16, ge=1, description="Prompts answered together.")
     limit: int | None = Field(default=None, ge=1, description="Judge only the first so many samples of each set.")
     timeout: int = Field(default=3600, ge=60, description="Seconds before the evaluation counts as hung.")
-    production: str | None = Field(default=None, description="Folder of the model in use today, to compare with; none if not given.")
+    production: str | None = Field(
+        default=None,
+        description="The model in use today, to compare with: its folder, or registry for the recipe's own model in production "
+        "(none while there is none).",
+    )
     confidence: float = Field(default=0.95, gt=0.5, lt=1, description="Of the intervals around differences.")
     gate: tuple[GateRule, ...] = Field(default=(), description="Demands on the tuned model; all must hold for its promotion.")
 
@@ -105,6 +109,37 @@ class ChatConfig(Config):
         return self
 
 
+class RetrainConfig(Config):
+    """How a recipe that runs every week goes on from what it made before."""
+
+    start: Literal["base", "production"] = Field(
+        default="base",
+        description="Where training begins: at the base model, or at the trained weights of the model in production (the base while there "
+        "is none).",
+    )
+    replay: float = Field(
+        default=0.2,
+        ge=0,
+        le=1,
+        description="With start production: share of the samples it was trained on already that is trained on again beside the new ones.",
+    )
+
+
+class PromotionConfig(Config):
+    """Which model the run's result becomes a version of, and when that version goes into production."""
+
+    model: str | None = Field(
+        default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", description="Name in the registry; the recipe's name if not given."
+    )
+    when: Literal["never", "gate", "approval"] = Field(
+        default="never",
+        description="never: only by `xtuner promote`; gate: when the gate and the chat test pass; approval: when moreover a person agrees.",
+    )
+    approval_hours: float = Field(
+        default=168.0, gt=0, description="How long a person has for the answer; then the version stays a candidate."
+    )
+
+
 class Recipe(Config):
     """A whole fine-tuning run: prepare → train → convert → eval → chat."""
 
@@ -117,6 +152,8 @@ class Recipe(Config):
     convert: ConvertConfig = ConvertConfig()
     eval: EvalConfig
     chat: ChatConfig
+    retrain: RetrainConfig = RetrainConfig()
+    promotion: PromotionConfig = PromotionConfig()
 
 
 _UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)

@@ -9,6 +9,7 @@ from safetensors import SafetensorError
 from pipelines.artifacts import Artifact, Result, Store
 from pipelines.pipeline import Node, check_stages, needed_for
 from pipelines.recipe import Recipe
+from pipelines.stage import Progress, untold
 from xtuner_core.errors import Interrupted, StorageError
 
 
@@ -25,7 +26,9 @@ def run_until(name: str, recipe: Recipe, store: Store, say: Callable[[str], None
     return result
 
 
-def run_node(node: Node, recipe: Recipe, store: Store, made: dict[str, Artifact], log: Callable[[str], None]) -> Result:
+def run_node(
+    node: Node, recipe: Recipe, store: Store, made: dict[str, Artifact], log: Callable[[str], None], progress: Progress = untold
+) -> Result:
     """One node, its inputs being made already.
 
     Raises:
@@ -33,7 +36,7 @@ def run_node(node: Node, recipe: Recipe, store: Store, made: dict[str, Artifact]
         StorageError: something cannot be written, and the error names no file (safetensors' and numpy's do not).
     """
     try:
-        return store.produce(node.stage, recipe, {name: made[source] for name, source in node.inputs.items()}, log)
+        return store.produce(node.stage, recipe, {name: made[source] for name, source in node.inputs.items()}, log, progress)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted in {node.name}; finished stages are kept, run the same command again to continue.") from None
     except (SafetensorError, OSError) as error:

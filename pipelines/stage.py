@@ -15,6 +15,12 @@ from pipelines.recipe import Recipe
 
 Log = Callable[[str], None]
 Metrics = dict[str, Any]
+Progress = Callable[[float, str], None]
+"""Told how much of a stage is done (0 to 1), and where it stands in a few words; may be called often."""
+
+
+def untold(done: float, standing: str) -> None:
+    pass
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,6 +36,7 @@ class Work:
     cache: Path
     """Tokenized input files, shared by every attempt and run; may be deleted, and what is taken from it must be checked."""
     log: Log
+    progress: Progress = untold
 
 
 @dataclass(frozen=True, slots=True)

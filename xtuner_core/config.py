@@ -163,6 +163,11 @@ class TrainConfig(Config):
         description="What is trained, a module of xtuner_core/adapters: full (the model's own weights), lora (low-rank adapters beside "
         "frozen weights) or qlora (the same, the frozen weights in 4 bits).",
     )
+    start: str | None = Field(
+        default=None,
+        description="Folder with the trained tensors of an earlier run (its `final`, or payload/checkpoint of a train artifact) to begin "
+        "with, of the same model and method; the base model's own weights, or a new adapter, if not given.",
+    )
     freeze: Names = Field(
         default=(), description="Parameters that method full leaves as they are: names, or patterns such as model.layers.0.*"
     )
