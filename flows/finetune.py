@@ -19,46 +19,67 @@ from prefect.states import Completed, Failed
 
 from flows.caching import failed
 from flows.cluster import fill_cache, require_runner
+from flows.labels import label, run_name
+from flows.parameters import DEMO, AskedRecipe, Trigger
 from flows.reporting import faults, page, summarize, table
 from flows.tasks import task_of
 from pipelines import prepare
 from pipelines.artifacts import Artifact, Result, Store
 from pipelines.pipeline import check, nodes
-from pipelines.recipe import Recipe, load_recipe
+from pipelines.recipe import Recipe
+from pipelines.retraining import recipe_of_today
 from xtuner_core.durable import write_json
 from xtuner_core.errors import BUG, DataError, Interrupted, UserError
 
 
-@flow(name="finetune-flow", flow_run_name="{recipe.name}", persist_result=False, log_prints=False)
-def finetune_flow(recipe: Recipe, store: Path = Path("artifacts")) -> State[Any]:
+@flow(name="finetune-flow", flow_run_name=run_name, persist_result=False, log_prints=False)
+def finetune_flow(
+    recipe: AskedRecipe = DEMO, changes: tuple[str, ...] = (), store: Path = Path("artifacts"), trigger: Trigger = "hand"
+) -> State[Any]:
     """Fine-tune the recipe's model, judge it and talk to it; every stage whose artifact is whole is shown as `Cached`.
 
     A model that does not pass the recipe's gate or the chat test fails the run; what was made stays.
 
     Args:
-        recipe: The whole run.
-        store: Directory of the artifact store, on the machine that runs the flow.
+        recipe: The name of a shipped recipe (`xtuner list-cfg`), a YAML file on the machine that runs it, or the whole recipe.
+        changes: Fields that differ from the recipe, each as field=value, for example train.total_step=20.
+        store: Folder of the artifacts, on the machine that runs it; relative to the project.
+        trigger: Why it runs. Unless by hand, a run ends at once when there is nothing new to learn.
     """
+    home = Store(store)
     try:
-        check(recipe)
-        require_runner(recipe)
+        today = recipe_of_today(recipe, changes, home)
+        check(today)
+        require_runner(today)
     except UserError as error:
         return failed(error)
-    results: dict[str, Result] = {}
-    made: dict[str, Artifact] = {}
-    for node in nodes(recipe):
-        if node.stage is prepare.STAGE and (filled := fill_cache(recipe, Store(store), made["base"])) and not filled.is_completed():
-            return filled
-        state = task_of(node)(recipe, Store(store), made, return_state=True)
-        outcome = state.result(raise_on_failure=False)
-        if not isinstance(outcome, Result):
-            return failed(outcome) if isinstance(outcome, UserError) else state
-        results[node.name], made[node.name] = outcome, outcome.artifact
-    summary = summarize(recipe, results)
-    create_markdown_artifact(page(summary, results), key="finetune-report", description=recipe.name)
+    label(today, trigger)
+    # Owner "retrain": a run that nobody asked for by hand ends here if there is nothing new to learn.
+    results, ended = run_stages(today, home)
+    if ended:
+        return ended
+    summary = summarize(today, results)
+    # Owner "monitoring": artifacts of the run.
+    create_markdown_artifact(page(summary, results), key="finetune-report", description=today.name)
+    # Owner "promotion": gate, approval, promotion.
     if not summary["ok"]:
         return Failed(message=f"the model was made, but {faults(summary)}.", data=(summary, table(summary, results)))
     return Completed(message="all stages are whole", data=(summary, table(summary, results)))
+
+
+def run_stages(recipe: Recipe, store: Store) -> tuple[dict[str, Result], State[Any] | None]:
+    """What the stages made or found, in order, and the state of the one that ended the run before its end."""
+    results: dict[str, Result] = {}
+    made: dict[str, Artifact] = {}
+    for node in nodes(recipe):
+        if node.stage is prepare.STAGE and (filled := fill_cache(recipe, store, made["base"])) and not filled.is_completed():
+            return results, filled
+        state = task_of(node)(recipe, store, made, return_state=True)
+        outcome = state.result(raise_on_failure=False)
+        if not isinstance(outcome, Result):
+            return results, failed(outcome) if isinstance(outcome, UserError) else state
+        results[node.name], made[node.name] = outcome, outcome.artifact
+    return results, None
 
 
 def run(
@@ -70,7 +91,7 @@ def run(
 ) -> int:
     """Run the flow once and report; returns the exit code."""
     try:
-        state = finetune_flow(load_recipe(recipe, overrides or []), store.resolve(), return_state=True)
+        state = finetune_flow(recipe, tuple(overrides or ()), store.resolve(), return_state=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

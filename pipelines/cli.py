@@ -90,9 +90,9 @@ def plan(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = D
     from pipelines.artifacts import Store
     from pipelines.forecast import forecast, this_machine
     from pipelines.pipeline import plan as make_plan
-    from pipelines.recipe import load_recipe
+    from pipelines.retraining import recipe_of_today
 
-    chosen, made = load_recipe(recipe, overrides or []), {}
+    chosen, made = recipe_of_today(recipe, overrides, Store(store)), {}
     for step in make_plan(chosen, Store(store)):
         print(f"{step.node.name:<15} {step.state:<9} {step.why}")
         made[step.node.name] = step
@@ -109,10 +109,11 @@ def run(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DE
     json
         Write stages, scores and the verdict to this file.
     """
+    from pipelines.artifacts import Store
     from pipelines.pipeline import check
-    from pipelines.recipe import load_recipe
+    from pipelines.retraining import recipe_of_today
 
-    check(load_recipe(recipe, overrides or []))  # a mistake is told before Prefect starts
+    check(recipe_of_today(recipe, overrides, Store(store)))  # a mistake is told before Prefect starts
     options = [f"--set={override}" for override in overrides or []] + [f"--store={store}"] + ([f"--json={json}"] if json else [])
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "flows.finetune", recipe, *options], {**_PREFECT_DEFAULTS, **os.environ})
@@ -134,11 +135,12 @@ def train(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = 
 def evaluate(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
     """Judge base, production and tuned model on the held-out sets and print the verdict; exit code 65 if the gate is not passed."""
     from pipelines.artifacts import Store
-    from pipelines.recipe import load_recipe
+    from pipelines.retraining import recipe_of_today
     from pipelines.runner import run_until
     from xtuner_core.errors import DataError
 
-    verdict = run_until("verdict", load_recipe(recipe, overrides or []), Store(store), lambda message: print(message, flush=True)).artifact
+    chosen = recipe_of_today(recipe, overrides, Store(store))
+    verdict = run_until("verdict", chosen, Store(store), lambda message: print(message, flush=True)).artifact
     print("", (verdict.payload / "report.md").read_text(encoding="utf-8"), f"All of it: {verdict.record / 'report.html'}", sep="\n")
     if not verdict.metrics["gate"]["passed"]:
         raise DataError("the model does not pass the gate; the rules that do not hold are marked above. What was made is kept.")
@@ -173,12 +175,12 @@ def preview(
     """
     from pipelines.artifacts import Store
     from pipelines.preview import choose, documents_of, open_prepared, show
-    from pipelines.recipe import load_recipe
+    from pipelines.retraining import recipe_of_today
     from pipelines.runner import run_until
 
+    chosen = recipe_of_today(recipe, overrides, Store(store))
     prepared, base = (
-        run_until(name, load_recipe(recipe, overrides or []), Store(store), lambda message: print(message, file=sys.stderr)).artifact
-        for name in ("prepare", "base")
+        run_until(name, chosen, Store(store), lambda message: print(message, file=sys.stderr)).artifact for name in ("prepare", "base")
     )
     data = open_prepared(prepared.payload, prepared.record, base.payload / "model")
     show(data, documents_of(data, line) if line else choose(data, count, seed, validation), tokens)

@@ -5,6 +5,7 @@ The same classes are the recipe file, the `--set a.b=c` flags and the parameter 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -174,7 +175,7 @@ def recipe_file(name_or_path: str) -> Path:
     return shipped.find(SHIPPED, name_or_path, "recipe", "recipes")
 
 
-def load_recipe(name_or_path: str, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+def load_recipe(name_or_path: str, overrides: Sequence[str] = ()) -> Recipe:
     """Read a recipe and apply `field.path=value` overrides (values are YAML).
 
     Raises:
@@ -190,6 +191,14 @@ def load_recipe(name_or_path: str, overrides: tuple[str, ...] | list[str] = ()) 
     for override in overrides:
         _apply(tree, override)
     return parse_recipe(tree, source=str(path))
+
+
+def changed(recipe: Recipe, overrides: Sequence[str]) -> Recipe:
+    """A whole recipe with `field.path=value` overrides; errors as those of `load_recipe`."""
+    tree = recipe.model_dump(mode="json", exclude_unset=True)
+    for override in overrides:
+        _apply(tree, override)
+    return parse_recipe(tree, source=f"recipe {recipe.name}") if overrides else recipe
 
 
 def parse_recipe(tree: Any, source: str) -> Recipe:

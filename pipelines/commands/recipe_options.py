@@ -18,10 +18,10 @@ DEFAULT_STORE = Path("artifacts")
 def run_stage(name: str, recipe: str, overrides: list[str] | None, store: Path) -> Mapping[str, Any]:
     """Make a stage's artifact, and what it needs, and print its figures; returns them."""
     from pipelines.artifacts import Store
-    from pipelines.recipe import load_recipe
+    from pipelines.retraining import recipe_of_today
     from pipelines.runner import run_until
 
-    result = run_until(name, load_recipe(recipe, overrides or []), Store(store), lambda message: print(message, flush=True))
+    result = run_until(name, recipe_of_today(recipe, overrides, Store(store)), Store(store), lambda message: print(message, flush=True))
     for field, value in result.artifact.metrics.items():
         if isinstance(value, (int, float, str)):
             print(f"  {field}: {value}")

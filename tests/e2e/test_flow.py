@@ -79,7 +79,7 @@ def run_flow(store: Store, *overrides: str) -> Run:
     from flows.finetune import finetune_flow
 
     recipe = load_recipe(TINY, [*SHORT, *overrides])
-    return _as_recorded(finetune_flow(recipe, store.root, return_state=True), len(nodes(recipe)))
+    return _as_recorded(finetune_flow(recipe, store=store.root, return_state=True), len(nodes(recipe)))
 
 
 def _as_recorded(state: Any, count: int) -> Run:

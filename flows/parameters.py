@@ -1,0 +1,18 @@
+"""What `finetune-flow` can be asked for: types whose JSON schema is the form in the Prefect UI and the server's check.
+
+(Titles and descriptions of the parameters themselves are the flow's docstring: Prefect looks nowhere else.)
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from pipelines.recipe import Recipe
+
+DEMO = "smollm2_135m_instruct_lora_tickets_e3"
+"""What runs when nothing else is asked for."""
+
+AskedRecipe = Annotated[str, Field(min_length=1, title="name or file")] | Recipe
+Trigger = Literal["hand", "schedule", "new-data"]
