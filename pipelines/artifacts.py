@@ -16,20 +16,20 @@ import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-from pipelines.recipe import Recipe
+from pipelines.recipe import PROJECT, Recipe
 from pipelines.stage import Log, Metrics, Progress, Stage, Work, untold
 from xtuner_core.digest import key_of, library_version, sha256
-from xtuner_core.durable import publish, remove, write_json
+from xtuner_core.durable import json_bytes, publish, remove, write_json
 from xtuner_core.errors import DataError
 
 SCHEMA = 1
@@ -229,7 +229,7 @@ class Store:
             "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
             **describe_files(attempt),
         }
-        write_json(attempt / "manifest.json", manifest)
+        write_json(attempt / "manifest.json", sealed(manifest))
         write_json(attempt / "stamps.json", _stamps(attempt, manifest))
         publish(attempt, self.root / stage.name / key)
         return Artifact(self.root / stage.name / key)
@@ -238,6 +238,18 @@ class Store:
         """The key was made from the files' old bytes: an artifact of their new ones must not get that name."""
         if self.file_digests(files) != digests:
             raise DataError(f"one of {', '.join(map(str, files[:5]))} changed while it was read. Run the same command again.")
+
+
+def sealed(value: Mapping[str, Any]) -> dict[str, Any]:
+    """The value as JSON knows it, with `seal`, the sha256 of all the rest, so that no field of it can be edited unseen."""
+    rest = json_bytes({name: part for name, part in value.items() if name != "seal"})
+    return {**json.loads(rest), "seal": hashlib.sha256(rest).hexdigest()}
+
+
+def is_sealed(content: bytes) -> bool:
+    """Whether the bytes of a JSON file are just those that were sealed."""
+    value = json.loads(content)
+    return json_bytes(sealed(value)) == content
 
 
 def describe_files(root: Path) -> dict[str, Any]:
@@ -256,13 +268,26 @@ def payload_digest(files: list[dict[str, Any]]) -> str:
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
+def _unlisted(artifact: Artifact, listed: Set[str]) -> list[str]:
+    """Files in the payload that the manifest does not know: whoever loads the folder may read them."""
+    return sorted({str(path.relative_to(artifact.path)) for path in _walk(artifact.payload)} - listed)
+
+
 def _walk(root: Path) -> list[Path]:
     return sorted(Path(folder, name) for folder, _, names in os.walk(root, followlinks=True) for name in names)
 
 
 def environment() -> dict[str, str | None]:
     """What an artifact was made with."""
-    return {"python": platform.python_version(), "machine": platform.machine(), **{name: library_version(name) for name in _ENVIRONMENT}}
+    libraries = {name: library_version(name) for name in _ENVIRONMENT}
+    return {"python": platform.python_version(), "machine": platform.machine(), **libraries, "code": code_digest()}
+
+
+@cache
+def code_digest() -> str:
+    """Of all our code below the flows: whether two artifacts were made by the same."""
+    files = sorted(file for floor in ("pipelines", "xtuner_core") for file in (PROJECT / floor).rglob("*.py"))
+    return hashlib.sha256("".join(f"{file.relative_to(PROJECT)}\0{sha256(file)}\n" for file in files).encode()).hexdigest()
 
 
 def _stamps(root: Path, manifest: dict[str, Any]) -> dict[str, int]:
@@ -281,6 +306,10 @@ def _check(artifact: Artifact, full: bool) -> None:
         raise Damaged("manifest.json: of another artifact or schema")
     if digest != manifest.get("payload_digest"):
         raise Damaged("manifest.json: its digest is not that of its files")
+    if full and not is_sealed((artifact.path / "manifest.json").read_bytes()):
+        raise Damaged("manifest.json: not the bytes that were written; it was edited")
+    if full and (more := _unlisted(artifact, {name for name, _, _ in files})):
+        raise Damaged(f"{more[0]}: not one of its files; it was added")
     try:
         seen = json.loads((artifact.path / "stamps.json").read_text(encoding="utf-8"))
         seen = dict(seen)

@@ -48,10 +48,14 @@ def write_bytes(path: Path, content: bytes) -> None:
     sync_directory(path.parent)
 
 
+def json_bytes(value: Any) -> bytes:
+    """Indented, key-sorted JSON: equal values are equal bytes; NaN is refused."""
+    return json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    """Replace `path` with `value` as indented, key-sorted JSON, atomically; NaN is refused."""
-    text = json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False, allow_nan=False)
-    write_bytes(path, text.encode() + b"\n")
+    """Replace `path` with `value` as `json_bytes`, atomically."""
+    write_bytes(path, json_bytes(value))
 
 
 def publish(source: Path, target: Path) -> None:

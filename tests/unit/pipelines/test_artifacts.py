@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -68,6 +69,7 @@ def test_the_manifest_tells_how_it_was_made(store: Store, tmp_path: Path) -> Non
     assert [(file["path"], file["bytes"]) for file in manifest["files"]] == [("payload/model/weights.bin", 256), ("record/log.txt", 4)]
     assert (manifest["stage"], manifest["recipe"], manifest["metrics"]) == ("next", RECIPE.name, {"loss": 0.5})
     assert manifest["environment"]["torch"]
+    assert re.fullmatch(r"[0-9a-f]{64}", manifest["environment"]["code"])
     assert manifest["created"].endswith("+00:00")
 
 
@@ -260,6 +262,33 @@ def test_a_flip_under_an_old_time_stamp_is_found_by_the_full_check(store: Store)
     _flip("payload/model/weights.bin")(artifact.path)
     os.utime(file, ns=(stamp, stamp))
     with pytest.raises(Damaged, match=r"payload/model/weights\.bin: its bytes changed"):
+        store.find("make", artifact.path.name, full=True)
+
+
+def _edited(folder: Path) -> None:
+    file = folder / "manifest.json"
+    file.write_text(file.read_text().replace('"loss": 0.5', '"loss": 0.4'))
+
+
+def _unsealed(folder: Path) -> None:
+    file = folder / "manifest.json"
+    file.write_text("\n".join(line for line in file.read_text().splitlines() if '"seal"' not in line))
+
+
+@pytest.mark.parametrize(
+    ("tamper", "told"),
+    [
+        (_edited, "manifest.json: not the bytes that were written"),
+        (_unsealed, "manifest.json: not the bytes that were written"),
+        (lambda folder: (folder / "payload/model/code.py").write_text("hello"), "payload/model/code.py: not one of its files"),
+    ],
+    ids=["a figure in the manifest", "the manifest's seal", "a file more"],
+)
+def test_what_only_a_full_check_sees(store: Store, tamper: Callable[[Path], object], told: str) -> None:
+    artifact = store.find("make", produce(store).artifact.path.name, full=True)
+    assert artifact
+    tamper(artifact.path)
+    with pytest.raises(Damaged, match=told):
         store.find("make", artifact.path.name, full=True)
 
 
