@@ -4,6 +4,8 @@ PYTHON ?= $(firstword $(shell command -v python3.11 python3.12 python3.13 python
 TORCH_INDEX_URL ?=
 STORE ?= artifacts
 RECIPE ?= smollm2_135m_instruct_lora_tickets_e3
+PORT ?=
+AUTH ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -14,10 +16,12 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DO_NOT_TRACK=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: help demo test test-fast lint format env clean
+.PHONY: help demo up down test test-fast lint format env clean
 
 help:
 	@echo "make demo       fine-tune, judge and try a real model on this machine's CPU"
+	@echo "make up         Prefect's server, worker and schedules on this machine; PORT=... AUTH=user:password"
+	@echo "make down       stop exactly those"
 	@echo "make test       every test       make test-fast   without the slow ones"
 	@echo "make lint       ruff, pyright    make format      ruff format"
 	@echo "make clean      remove the environments (artifacts stay)"
@@ -25,6 +29,14 @@ help:
 
 demo: env
 	$(BIN)/xtuner run $(RECIPE) --store $(STORE)
+
+# The password goes by the environment: arguments can be read by others on this machine.
+up: export XTUNER_AUTH := $(AUTH)
+up: env
+	@$(BIN)/xtuner up --recipe $(RECIPE) --store $(STORE) $(if $(PORT),--port $(PORT))
+
+down: $(READY)
+	@$(BIN)/xtuner down
 
 test: env
 	@$(BIN)/xtuner env create lmdeploy --without-cuda $(if $(TORCH_INDEX_URL),--torch-index-url $(TORCH_INDEX_URL)) > /dev/null

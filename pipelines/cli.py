@@ -13,7 +13,7 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
-from pipelines.commands import chat, convert, environments, serve
+from pipelines.commands import chat, convert, environments, serve, service
 from pipelines.commands.recipe_options import DEFAULT_STORE, STAGES, Overrides, RecipeName, StoreDir, run_stage
 from xtuner_core.errors import BUG, RecipeError, UserError, from_os_error
 
@@ -37,6 +37,8 @@ app = App(
 )
 for commands in (convert.app, chat.app, serve.app, environments.app):
     app.command(commands)
+for command in (service.up, service.down, service.status):
+    app.command(command, group=service.SERVICE)
 
 _PREFECT_DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",

@@ -1,0 +1,376 @@
+"""The service: Prefect's server, a worker and a watcher on this machine, started together, stopped together.
+
+Each is a process of its own session that outlives the terminal. HOME/service.json says which processes they are, by id and time of
+creation; every one of them, and all they start, carries HOME in the environment variable XTUNER_SERVICE, so that nothing that ends up
+without a parent is forgotten. HOME also holds Prefect's home with its database, and the logs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, field, replace
+from importlib.util import find_spec
+from json import loads
+from pathlib import Path
+from typing import Annotated
+
+import psutil
+from cyclopts import App, Parameter
+from filelock import FileLock, Timeout
+
+from pipelines.processes import tail
+from pipelines.recipe import PROJECT, load_recipe, recipe_file, shipped_names
+from xtuner_core.durable import write_json
+from xtuner_core.errors import Interrupted, RecipeError, StorageError, UserError
+
+HOST, PORT = "127.0.0.1", 4200
+POOL = "local"
+MARK, AUTH = "XTUNER_SERVICE", "XTUNER_AUTH"
+PARTS = {
+    "server": ("prefect", "server", "start", "--host", HOST),
+    "worker": ("prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "xtuner"),
+    "watch": ("flows.watch",),
+}
+"""In the order in which they start: name → module and arguments."""
+STARTUP_SECONDS = 180
+RUN_GRACE_SECONDS = 60
+"""For flow runs: their training saves a checkpoint first."""
+GRACE_SECONDS = 15
+
+
+@dataclass(frozen=True, slots=True)
+class Service:
+    """What runs, and where; `pids` is empty when nothing does."""
+
+    home: Path
+    port: int
+    store: Path
+    recipe: str
+    started: Mapping[str, tuple[int, float]]
+    """Part → process id and time of creation."""
+    auth: str | None = field(default=None, repr=False)
+    """user:password that the server demands."""
+
+    @property
+    def ui(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def api(self) -> str:
+        return f"{self.ui}/api"
+
+    @property
+    def pids(self) -> dict[str, int]:
+        """Of the parts that run now."""
+        return {name: pid for name, (pid, created) in self.started.items() if _process(pid, created)}
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What a client must export."""
+        return {"PREFECT_API_URL": self.api, **({"PREFECT_API_AUTH_STRING": self.auth} if self.auth else {})}
+
+
+def up(home: Path, store: Path, recipe: str, port: int | None = None, auth: str | None = None) -> Service:
+    """Start what does not run yet, deploy everything of prefect.yaml, and wait until all of it answers.
+
+    Raises:
+        RecipeError: unknown recipe, a port that another program has, or another port or password than those of the running server.
+        StorageError: a part did not start; the message ends with the end of its log.
+    """
+    load_recipe(recipe)
+    absolute = recipe if recipe in shipped_names() else str(recipe_file(recipe).resolve())
+    with _locked(home):
+        service = _settle(home, read(home), port, auth)
+        service = replace(service, store=store.resolve(), recipe=absolute)
+        service = _start(service, "server")
+        _wait_until_healthy(service)
+        asyncio.run(_furnish(service))
+        _deploy(service)
+        for part in ("worker", *(["watch"] if find_spec("flows.watch") else [])):
+            service = _start(service, part)
+        return service
+
+
+def read(home: Path) -> Service | None:
+    """The service of `home` as the last `up` left it; None if it was never up, or is down."""
+    try:
+        kept = loads((home / "service.json").read_bytes())
+    except FileNotFoundError:
+        return None
+    password = home / "auth"
+    started = {name: (pid, created) for name, (pid, created) in kept["started"].items()}
+    auth = password.read_text(encoding="utf-8") if password.exists() else None
+    return Service(home, kept["port"], Path(kept["store"]), kept["recipe"], started, auth)
+
+
+def _settle(home: Path, before: Service | None, port: int | None, auth: str | None) -> Service:
+    """On which port and with which password the server shall run; those of a running one stay."""
+    running = before is not None and "server" in before.pids
+    if before and running and (port or before.port, auth or before.auth) != (before.port, before.auth):
+        raise RecipeError(f"the server runs already on port {before.port}, with its own AUTH. Stop it first: make down (xtuner down).")
+    if before and running:
+        return before
+    if port is not None and not _is_free(port):
+        raise RecipeError(f"port {port} is taken by another program. Choose another one (PORT=), or none: then the next free one is taken.")
+    kept = before.port if before and _is_free(before.port) else None
+    return Service(home, port or kept or _free_port(PORT), Path(), "", before.started if before else {}, auth or (before and before.auth))
+
+
+def _is_free(port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        return probe.connect_ex((HOST, port)) != 0 and _binds(probe, port)
+
+
+def _binds(probe: socket.socket, port: int) -> bool:
+    try:
+        probe.bind((HOST, port))
+    except OSError:
+        return False
+    return True
+
+
+def _free_port(first: int) -> int:
+    return next(port for port in range(first, 65536) if _is_free(port))
+
+
+def _start(service: Service, part: str) -> Service:
+    """Start a part unless it runs, and note it before anything else can go wrong."""
+    if part in service.pids:
+        return service
+    module, *arguments = PARTS[part]
+    port = ["--port", str(service.port)] if part == "server" else []
+    with open(service.home / f"{part}.log", "ab") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments, *port],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            cwd=PROJECT,
+            env=_environment(service),
+            start_new_session=True,
+            preexec_fn=_usual_signals,
+        )
+    created = psutil.Process(process.pid).create_time()
+    service = replace(service, started={**service.started, part: (process.pid, created)})
+    _write(service)
+    return service
+
+
+def _usual_signals() -> None:
+    """A shell starts its background jobs with SIGINT ignored; Prefect turns SIGTERM into SIGINT and could then not be stopped."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
+def _environment(service: Service) -> dict[str, str]:
+    """Of every part, and so of every flow run; the user's own settings win where they do no harm."""
+    inherited = {name: value for name, value in os.environ.items() if name not in (AUTH, "MAKEFLAGS", "MAKEOVERRIDES", "PREFECT_PROFILE")}
+    password = {"PREFECT_SERVER_API_AUTH_STRING": service.auth} if service.auth else {}
+    return {
+        "PREFECT_WORKER_QUERY_SECONDS": "2",
+        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
+        **inherited,
+        **service.environment,
+        **password,
+        "PREFECT_HOME": str(service.home / "prefect"),
+        "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "DO_NOT_TRACK": "1",
+        "PYTHONPATH": os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]),
+        "XTUNER_STORE": str(service.store),
+        "XTUNER_RECIPE": service.recipe,
+        MARK: str(service.home),
+    }
+
+
+def _write(service: Service) -> None:
+    if service.auth:
+        with open(os.open(service.home / "auth", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.write(service.auth)
+    kept = asdict(service)
+    write_json(
+        service.home / "service.json",
+        {name: str(kept[name]) for name in ("store", "recipe")} | {"port": service.port, "started": kept["started"]},
+    )
+
+
+def _wait_until_healthy(service: Service) -> None:
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while not _is_healthy(service):
+        if "server" not in service.pids or time.monotonic() > deadline:
+            raise StorageError(
+                f"the server did not get healthy. The end of {service.home / 'server.log'}:\n{tail(service.home / 'server.log')}"
+            )
+        time.sleep(0.2)
+
+
+def _is_healthy(service: Service) -> bool:
+    try:
+        with urllib.request.urlopen(f"{service.api}/health", timeout=10) as answer:  # noqa: S310 - our own http address
+            return answer.status == 200
+    except OSError:
+        return False
+
+
+async def _furnish(service: Service) -> None:
+    """The work pool and the limits that runs count on."""
+    from prefect.client.orchestration import PrefectClient
+    from prefect.client.schemas.actions import WorkPoolCreate
+    from prefect.exceptions import ObjectAlreadyExists
+    from prefect.workers.process import ProcessWorker
+
+    async with PrefectClient(service.api, auth_string=service.auth) as client:
+        try:
+            template = ProcessWorker.get_default_base_job_template()
+            await client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+        except ObjectAlreadyExists:
+            pass
+        await client.upsert_global_concurrency_limit_by_name("accelerator", 1)
+
+
+def _deploy(service: Service) -> None:
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, cwd=PROJECT, env=_environment(service), capture_output=True, text=True, check=False)
+    (service.home / "deploy.log").write_text(done.stdout + done.stderr, encoding="utf-8")
+    if done.returncode:
+        raise StorageError(
+            f"prefect.yaml could not be deployed. The end of {service.home / 'deploy.log'}:\n{tail(service.home / 'deploy.log')}"
+        )
+
+
+def down(home: Path) -> list[str]:
+    """Stop what `up` started and all that it started: flow runs first, in order, then worker, watcher, server; says what was stopped."""
+    with _locked(home):
+        service = read(home)
+        if service is None:
+            return []
+        parts = {name: process for name, (pid, created) in service.started.items() if (process := _process(pid, created))}
+        runs = [process for process in _marked(home) if process not in parts.values()]
+        if "worker" in parts:
+            parts["worker"].suspend()  # it must take no new run, nor hurry the running ones
+        _end(runs, RUN_GRACE_SECONDS)
+        for name in reversed(PARTS):
+            if name in parts:
+                parts[name].resume()
+                _end([parts[name]], GRACE_SECONDS)
+        _end(_marked(home), GRACE_SECONDS)
+        for file in ("service.json", "auth"):
+            (home / file).unlink(missing_ok=True)
+        return [*(["flow runs"] if runs else []), *parts]
+
+
+def _process(pid: int, created: float) -> psutil.Process | None:
+    """The living process that has this id and was created then; ids are used again."""
+    try:
+        process = psutil.Process(pid)
+        same = abs(process.create_time() - created) < 0.01 and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return None
+    return process if same else None
+
+
+def _marked(home: Path) -> list[psutil.Process]:
+    """Every process that was started by a part of the service, directly or not."""
+    return [process for process in psutil.process_iter() if _mark(process) == str(home)]
+
+
+def _mark(process: psutil.Process) -> str | None:
+    try:
+        return process.environ().get(MARK)
+    except psutil.Error:
+        return None
+
+
+def _end(processes: list[psutil.Process], grace: float) -> None:
+    """SIGTERM to those that none of the others will tell, and SIGKILL to what is left after `grace` seconds."""
+    ids = {process.pid for process in processes}
+    for process in processes:
+        if _parent(process) not in ids:
+            _tell(process, signal.SIGTERM)
+    _, left = psutil.wait_procs(processes, timeout=grace)
+    for process in left:
+        _tell(process, signal.SIGKILL)
+    psutil.wait_procs(left, timeout=GRACE_SECONDS)
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.Error:
+        return None
+
+
+def _tell(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
+
+
+@contextmanager
+def _locked(home: Path) -> Iterator[None]:
+    home.mkdir(parents=True, exist_ok=True, mode=0o700)
+    try:
+        with FileLock(home / ".lock", timeout=0):
+            yield
+    except Timeout:
+        raise RecipeError(f"{home}: another up or down is at work there; wait for it.") from None
+
+
+app = App(name="python -m flows.service")
+Home = Annotated[Path, Parameter(help="Folder of the service: Prefect's home, its database, logs.")]
+DEFAULT_HOME = PROJECT / ".service"
+
+
+@app.command(name="up")
+def _up(*, recipe: str, store: Path = Path("artifacts"), port: int | None = None, home: Home = DEFAULT_HOME) -> None:
+    service = up(home.resolve(), store, recipe, port, os.environ.get(AUTH) or None)
+    if port is None and service.port != PORT:
+        print(f"(port {PORT} is taken or this service had another one: it listens on {service.port})")
+    print(f"Prefect's pages: {service.ui}\nlogs: {service.home}/*.log\n\nexport PREFECT_API_URL={service.api}")
+    if service.auth:
+        print("export PREFECT_API_AUTH_STRING=...   # the user:password you gave as AUTH; the browser asks for it too")
+    print("prefect deployment run finetune-flow")
+
+
+@app.command(name="down")
+def _down(*, home: Home = DEFAULT_HOME) -> None:
+    stopped = down(home.resolve())
+    print(f"stopped: {', '.join(stopped)}" if stopped else f"nothing of {home} runs")
+
+
+@app.command(name="status")
+def _status(*, home: Home = DEFAULT_HOME) -> int:
+    service = read(home.resolve())
+    if service is None:
+        print(f"down; start it with `xtuner up` ({home})")
+        return 1
+    for part in service.started:
+        print(f"{part:<8} {f'runs, process {service.pids[part]}' if part in service.pids else 'is gone: `xtuner up` starts it again'}")
+    healthy = _is_healthy(service)
+    print(f"{service.ui} {'answers' if healthy else 'does not answer'}\nstore:  {service.store}\nrecipe: {service.recipe}")
+    print(f"logs:   {service.home}/*.log")
+    return 0 if healthy and len(service.pids) == len(service.started) else 1
+
+
+def main() -> int:
+    """Run a command; a user's mistake is told without a traceback."""
+    try:
+        return app(result_action="return_value") or 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; run `xtuner up` again to go on, or `xtuner down`.", file=sys.stderr)
+        return Interrupted.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
