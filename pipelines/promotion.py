@@ -1,29 +1,39 @@
 """The registry: versions of a model, and which of them is in production.
 
-STORE/models/<name>/versions/<0001>/version.json     what the version is: its artifacts, its data, its scores
+STORE/models/<name>/versions/<0001>/version.json     what the version is: its artifacts, its data, its scores; sealed
                                    /model            link to the exported folder
                    /production                       link to the version in use, replaced by one rename
                    /history.jsonl                    who did what when, and why
+                   /.intent.json                     the line of the history that belongs to a change of the link, until it is there
 
 A run's result becomes a version once; what is a version, or was one in production, is never removed by `xtuner cache gc`.
+All links are relative, so that the store may be moved. The link `production` is the truth; killing at any instant leaves the old one or
+the new one, and the history complete: the intent tells what a killed process had done but not written down.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from filelock import FileLock
 
-from pipelines.artifacts import Artifact, Store
+from pipelines.artifacts import Artifact, Damaged, Store, is_sealed, sealed
 from pipelines.recipe import Recipe
-from xtuner_core.durable import publish, sync_directory, write_json
-from xtuner_core.errors import RecipeError
+from xtuner_core.durable import publish, remove, sync_directory, write_bytes, write_json
+from xtuner_core.errors import DataError, RecipeError
+
+Status = Literal["candidate", "rejected", "production", "retired"]
+Decision = Literal["reject", "keep", "promote", "ask"]
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+_TO_PRODUCTION = ("promoted", "rolled back")
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,13 +60,30 @@ class Version:
         return f"{self.name}@{self.number}"
 
 
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A line of a model's history."""
+
+    at: str
+    version: int
+    what: Literal["registered", "promoted", "rejected", "rolled back"]
+    by: str
+    why: str
+
+
 def model_name(recipe: Recipe) -> str:
     """What the recipe's models are called in the registry."""
     return recipe.promotion.model or recipe.name
 
 
 def home(store: Store, name: str) -> Path:
-    """Where the registry keeps a model."""
+    """Where the registry keeps a model.
+
+    Raises:
+        RecipeError: the name is none, and might lead out of the registry.
+    """
+    if not _NAME.fullmatch(name):
+        raise RecipeError(f"{name!r} is no name of a model: letters, digits, '.', '_' and '-', beginning with a letter or digit.")
     return store.root / "models" / name
 
 
@@ -67,22 +94,43 @@ def folder(store: Store, version: Version) -> Path:
 
 def names(store: Store) -> list[str]:
     """Every model of the registry."""
-    return sorted(path.name for path in (store.root / "models").glob("*") if (path / "versions").is_dir())
+    return sorted(path.name for path in (store.root / "models").glob("[!.]*") if (path / "versions").is_dir())
 
 
 def versions(store: Store, name: str) -> list[Version]:
-    """A model's versions, oldest first."""
-    files = sorted((home(store, name) / "versions").glob("[0-9]*/version.json"))
-    return [Version(**json.loads(file.read_text(encoding="utf-8"))) for file in files]
+    """A model's versions, oldest first.
+
+    Raises:
+        DataError: a version's file is damaged.
+    """
+    files = (home(store, name) / "versions").glob("[0-9]*/version.json")
+    return sorted(map(read_version, files), key=lambda version: version.number)
 
 
 def production(store: Store, name: str) -> Version | None:
-    """The version in use, None if there is none."""
-    file = home(store, name) / "production" / "version.json"
+    """The version in use, None if there is none.
+
+    Raises:
+        DataError: the link leads nowhere, or the version's file is damaged.
+    """
+    link = home(store, name) / "production"
+    return read_version(link / "version.json") if link.is_symlink() else None
+
+
+def read_version(file: Path) -> Version:
+    """A version's file.
+
+    Raises:
+        DataError: it is not there, or not as it was written.
+    """
     try:
-        return Version(**json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return None
+        content = file.read_bytes()
+        if is_sealed(content):
+            return Version(**{name: value for name, value in json.loads(content).items() if name != "seal"})
+        reason = "was edited"
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        reason = f"cannot be read ({error})"
+    raise DataError(f"{file}: {reason}. Restore it from a backup, or remove its folder and run the recipe again.")
 
 
 def find(store: Store, text: str) -> Version:
@@ -91,11 +139,11 @@ def find(store: Store, text: str) -> Version:
     Raises:
         RecipeError: there is no such model or version; the message lists what there is.
     """
-    name, _, number = text.partition("@")
+    name, at, number = text.partition("@")
     known = versions(store, name)
     if not known:
         raise RecipeError(f"{text}: no such model in {store.root}; known: {', '.join(names(store)) or 'none'}.")
-    if not number:
+    if not at:
         return production(store, name) or known[-1]
     for version in known:
         if number.isdecimal() and version.number == int(number):
@@ -103,41 +151,218 @@ def find(store: Store, text: str) -> Version:
     raise RecipeError(f"{text}: {name} has the versions {', '.join(str(version.number) for version in known)}.")
 
 
-def register(store: Store, recipe: Recipe, made: Mapping[str, Artifact], gate: bool, faults: str, scores: Mapping[str, Any]) -> Version:
+def history(store: Store, name: str) -> list[Entry]:
+    """Who did what, oldest first; a last line that was torn by a power cut is passed over.
+
+    Raises:
+        DataError: another line cannot be read.
+    """
+    entries = _written(home(store, name) / "history.jsonl")
+    intent = _intent(store, name)
+    return [*entries, intent] if intent and intent not in entries else entries
+
+
+def status(store: Store, version: Version) -> Status:
+    """What has become of a version."""
+    entries = [entry for entry in history(store, version.name) if entry.version == version.number]
+    if _number_in_production(store, version.name) == version.number:
+        return "production"
+    if any(entry.what in _TO_PRODUCTION for entry in entries):
+        return "retired"
+    rejected = not version.gate or any(entry.what == "rejected" for entry in entries)
+    return "rejected" if rejected else "candidate"
+
+
+def decide(recipe: Recipe, version: Version, now: Status) -> Decision:
+    """What the recipe wants done with a version that its run has made; what a person has taken out or rejected stays so."""
+    if not version.gate:
+        return "reject"
+    if now != "candidate" or recipe.promotion.when == "never":
+        return "keep"
+    return "promote" if recipe.promotion.when == "gate" else "ask"
+
+
+def register(
+    store: Store, recipe: Recipe, made: Mapping[str, Artifact], gate: bool, faults: str, scores: Mapping[str, Any], by: str = "run"
+) -> Version:
     """Make the run's result a version of its model; the version it is already, if it is one."""
     name = model_name(recipe)
     with _locked(store, name):
         references = {node: artifact.reference for node, artifact in made.items()}
         known = versions(store, name)
-        for version in known:
-            if (version.artifacts["convert"], version.artifacts["verdict"]) == (references["convert"], references["verdict"]):
-                return version
-        version = Version(
-            name=name,
-            number=known[-1].number + 1 if known else 1,
-            recipe=recipe.name,
-            created=_now(),
-            artifacts=references,
-            data=made["prepare"].manifest["input_files"],
-            gate=gate,
-            faults=faults,
-            scores={role: dict(figures) for role, figures in scores.items()},
+        version = next((old for old in known if _is_result_of(old, references)), None) or _publish(
+            store,
+            Version(
+                name=name,
+                number=known[-1].number + 1 if known else 1,
+                recipe=recipe.name,
+                created=_now(),
+                artifacts=references,
+                data=made["prepare"].manifest["input_files"],
+                gate=gate,
+                faults=faults,
+                scores={role: dict(figures) for role, figures in scores.items()},
+            ),
         )
-        target = folder(store, version)
-        draft = target.with_name(f".{target.name}.draft")
-        draft.mkdir(parents=True, exist_ok=True)
-        write_json(draft / "version.json", asdict(version))
-        _link(draft / "model", os.path.relpath(made["convert"].payload / "model", target))
-        publish(draft, target)
-        _note(store, version, "registered", "run", faults or "passed")
+        if not any(entry.version == version.number and entry.what == "registered" for entry in history(store, name)):
+            _append(store, version, "registered", by, version.faults or "passed")
         return version
 
 
-def promote(store: Store, version: Version, by: str, why: str) -> None:
-    """Put a version into production; whoever opens the link sees the old model or the new one."""
+def promote(store: Store, version: Version, by: str, why: str) -> bool:
+    """Put a version into production; whoever opens the link sees the old model or the new one. False if it is there already.
+
+    Raises:
+        DataError: the exported folder is missing, damaged, or not the one that was judged; every byte is read again first.
+    """
     with _locked(store, version.name):
-        _link(home(store, version.name) / "production", f"versions/{version.number:04d}")
-        _note(store, version, "promoted", by, why)
+        if _number_in_production(store, version.name) == version.number:
+            return False
+        _put(store, version, "promoted", by, why)
+        return True
+
+
+def reject(store: Store, version: Version, by: str, why: str) -> None:
+    """Note that a version shall not be used.
+
+    Raises:
+        RecipeError: it is in production.
+    """
+    with _locked(store, version.name):
+        if _number_in_production(store, version.name) == version.number:
+            raise RecipeError(f"{version.title} is in production; `xtuner rollback {version.name}` takes it out.")
+        if not any(entry.version == version.number and entry.what == "rejected" for entry in history(store, version.name)):
+            _append(store, version, "rejected", by, why)
+
+
+def rollback(store: Store, name: str, by: str, why: str) -> Version:
+    """Put the version back that was in production before; again goes further back. Returns it.
+
+    Raises:
+        RecipeError: there is none.
+        DataError: as `promote`.
+    """
+    with _locked(store, name):
+        if not versions(store, name):
+            find(store, name)  # tells which models there are
+        before = succession(history(store, name))[:-1]
+        if not before:
+            raise RecipeError(f"{name}: no version was in production before; `xtuner models {name}` lists what there is to promote.")
+        version = find(store, f"{name}@{before[-1]}")
+        _put(store, version, "rolled back", by, why)
+        return version
+
+
+def succession(entries: Sequence[Entry]) -> list[int]:
+    """The versions that rolling back goes through, the one in production last."""
+    order: list[int] = []
+    for entry in entries:
+        if entry.what == "rolled back":
+            del order[-1:]
+        elif entry.what == "promoted":
+            order.append(entry.version)
+    return order
+
+
+def require_whole(store: Store, version: Version) -> None:
+    """Read every byte of the exported folder again.
+
+    Raises:
+        DataError: it is missing, damaged, or not the one that the version is about.
+    """
+    made = version.artifacts["convert"]
+    try:
+        artifact = store.find(made["stage"], made["key"], full=True)
+    except Damaged as damage:
+        raise DataError(f"{version.title}: its exported model is damaged: {store.root / made['stage'] / made['key']}: {damage}") from None
+    if artifact is None:
+        again = f"run the recipe {version.recipe} as it was then to make it again"
+        raise DataError(f"{version.title}: its exported model {made['stage']}/{made['key']} is not in {store.root} any more; {again}.")
+    if artifact.digest != made["payload_digest"]:
+        raise DataError(f"{version.title}: {artifact.path} was made again and is not the model that was judged; run the recipe again.")
+    if (link := folder(store, version) / "model").resolve() != artifact.payload / "model":
+        raise DataError(f"{link}: leads to {link.resolve()} instead of {artifact.payload / 'model'}; restore the link.")
+
+
+def _is_result_of(version: Version, references: Mapping[str, Mapping[str, str]]) -> bool:
+    """The same bytes, judged alike: not who asked for them, nor with which libraries they came out the same."""
+    judged = ("convert", "verdict", "chat")
+    return all(version.artifacts[node]["payload_digest"] == references[node]["payload_digest"] for node in judged)
+
+
+def _publish(store: Store, version: Version) -> Version:
+    target = folder(store, version)
+    draft = target.with_name(f".{target.name}.draft")
+    for abandoned in target.parent.glob(".*.draft"):  # of processes that were killed: we hold the lock
+        remove(abandoned)
+    draft.mkdir(parents=True)
+    write_json(draft / "version.json", sealed(asdict(version)))
+    made = version.artifacts["convert"]
+    _link(draft / "model", os.path.relpath(store.root / made["stage"] / made["key"] / "payload" / "model", target))
+    publish(draft, target)
+    return version
+
+
+def _put(store: Store, version: Version, what: Literal["promoted", "rolled back"], by: str, why: str) -> None:
+    """Write down what will be done, do it, write it into the history."""
+    require_whole(store, version)
+    place = home(store, version.name)
+    entry = Entry(_now(), version.number, what, by, why)
+    write_json(place / ".intent.json", asdict(entry))
+    _link(place / "production", f"versions/{version.number:04d}")
+    _settle(store, version.name)
+
+
+def _settle(store: Store, name: str) -> None:
+    """Bring the history up to what the link says, as far as a process that was killed left that undone."""
+    place = home(store, name)
+    intent = _intent(store, name)
+    if intent and intent not in _written(place / "history.jsonl"):
+        _write_line(place / "history.jsonl", intent)
+    (place / ".intent.json").unlink(missing_ok=True)
+
+
+def _intent(store: Store, name: str) -> Entry | None:
+    """What was to be done, if it was done."""
+    try:
+        intent = Entry(**json.loads((home(store, name) / ".intent.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+    return intent if _number_in_production(store, name) == intent.version else None
+
+
+def _number_in_production(store: Store, name: str) -> int | None:
+    try:
+        return int(Path(os.readlink(home(store, name) / "production")).name)
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _append(store: Store, version: Version, what: Literal["registered", "rejected"], by: str, why: str) -> None:
+    _write_line(home(store, version.name) / "history.jsonl", Entry(_now(), version.number, what, by, why))
+
+
+def _write_line(file: Path, entry: Entry) -> None:
+    """Append; a torn line before it is cut off."""
+    rows = file.read_bytes() if file.exists() else b""
+    if torn := len(rows.rpartition(b"\n")[2]):
+        write_bytes(file, rows[:-torn])
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
+        lines.flush()
+        os.fsync(lines.fileno())
+
+
+def _written(file: Path) -> list[Entry]:
+    rows = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
+    return [_entry(file, number, row) for number, row in enumerate(rows, 1)]
+
+
+def _entry(file: Path, number: int, row: bytes) -> Entry:
+    try:
+        return Entry(**json.loads(row))
+    except (ValueError, TypeError) as error:
+        raise DataError(f"{file}:{number}: not a line of the history ({error}). Restore it from a backup, or mend the line.") from None
 
 
 def _link(link: Path, target: str) -> None:
@@ -148,19 +373,16 @@ def _link(link: Path, target: str) -> None:
     sync_directory(link.parent)
 
 
-def _note(store: Store, version: Version, what: str, by: str, why: str) -> None:
-    line = {"at": _now(), "version": version.number, "what": what, "by": by, "why": why}
-    with open(home(store, version.name) / "history.jsonl", "a", encoding="utf-8") as file:
-        file.write(json.dumps(line, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _locked(store: Store, name: str) -> FileLock:
+@contextmanager
+def _locked(store: Store, name: str) -> Iterator[None]:
+    """One process at a time; what an earlier one left undone is done first."""
+    home(store, name)
     locks = store.root / ".locks"
     locks.mkdir(parents=True, exist_ok=True)
-    return FileLock(locks / f"models-{name}.lock")
+    with FileLock(locks / f"models-{name}.lock"):
+        _settle(store, name)
+        yield
 
 
 def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
+    return datetime.now(UTC).isoformat(timespec="milliseconds")
