@@ -8,20 +8,21 @@ from __future__ import annotations
 
 import signal
 import sys
+import time
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
 from prefect import State, flow
-from prefect.artifacts import create_markdown_artifact
 from prefect.states import Completed, Failed
 
-from flows.caching import failed
+from flows.caching import ended_in, failed
 from flows.cluster import fill_cache, require_runner
 from flows.labels import label, run_name
 from flows.parameters import DEMO, AskedRecipe, Trigger
-from flows.reporting import faults, page, summarize, table
+from flows.reporting.board import Board, board
+from flows.reporting.summary import faults, summarize, table
 from flows.tasks import task_of
 from pipelines import prepare
 from pipelines.artifacts import Artifact, Result, Store
@@ -55,30 +56,33 @@ def finetune_flow(
         return failed(error)
     label(today, trigger)
     # Owner "retrain": a run that nobody asked for by hand ends here if there is nothing new to learn.
-    results, ended = run_stages(today, home)
+    with board(today) as shown:
+        results, ended = run_stages(today, home, shown)
     if ended:
         return ended
     summary = summarize(today, results)
-    # Owner "monitoring": artifacts of the run.
-    create_markdown_artifact(page(summary, results), key="finetune-report", description=today.name)
     # Owner "promotion": gate, approval, promotion.
     if not summary["ok"]:
-        return Failed(message=f"the model was made, but {faults(summary)}.", data=(summary, table(summary, results)))
-    return Completed(message="all stages are whole", data=(summary, table(summary, results)))
+        return Failed(message=f"the model was made, but {faults(summary)}.", data=(summary, table(results)))
+    return Completed(message="all stages are whole", data=(summary, table(results)))
 
 
-def run_stages(recipe: Recipe, store: Store) -> tuple[dict[str, Result], State[Any] | None]:
+def run_stages(recipe: Recipe, store: Store, shown: Board) -> tuple[dict[str, Result], State[Any] | None]:
     """What the stages made or found, in order, and the state of the one that ended the run before its end."""
     results: dict[str, Result] = {}
     made: dict[str, Artifact] = {}
+    deadline = time.monotonic() + 3600 * recipe.timeout_hours if recipe.timeout_hours else None
     for node in nodes(recipe):
         if node.stage is prepare.STAGE and (filled := fill_cache(recipe, store, made["base"])) and not filled.is_completed():
             return results, filled
-        state = task_of(node)(recipe, store, made, return_state=True)
+        left = None if deadline is None else max(0.01, deadline - time.monotonic())
+        state = task_of(node, left)(recipe, store, made, return_state=True)
         outcome = state.result(raise_on_failure=False)
         if not isinstance(outcome, Result):
-            return results, failed(outcome) if isinstance(outcome, UserError) else state
+            shown.failed(node.name, state.message or state.name or "")
+            return results, ended_in(node.name, state, recipe.timeout_hours)
         results[node.name], made[node.name] = outcome, outcome.artifact
+        shown.done(node.name, outcome)
     return results, None
 
 

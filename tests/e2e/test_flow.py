@@ -115,7 +115,9 @@ def latest_run(count: int) -> Run:
 def report() -> str:
     from prefect.artifacts import Artifact as Shown
 
-    shown = Shown.get(key="finetune-report")
+    from flows.reporting.board import slug
+
+    shown = Shown.get(key=f"{slug(TINY)}-report")
     assert shown
     return str(shown.data)
 

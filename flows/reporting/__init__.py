@@ -1,0 +1,1 @@
+"""What a run tells: a summary for programs, a table for the terminal, artifacts and events in Prefect."""
