@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import launchers
+from pipelines.launch import Job
 from pipelines.pictures import loss_curve
 from pipelines.processes import child, follow, tail
 from pipelines.recipe import Recipe, resolve_path
@@ -19,7 +20,7 @@ from xtuner_core.config import PROMPT_FILES, SftConfig, TrainConfig
 from xtuner_core.determinism import switches
 from xtuner_core.digest import library_version
 from xtuner_core.durable import remove, write_json
-from xtuner_core.errors import BUG, UserError, from_exit_code
+from xtuner_core.errors import BUG, DataError, UserError, from_exit_code
 
 GRACE_SECONDS = 25
 """Longer than the launcher's own shutdown, shorter than Prefect's 30 s."""
@@ -48,8 +49,9 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     outcome = work.scratch / "outcome.json"
     remove(outcome)
     log_file = work.record / "train.log"
-    processes = recipe.train.processes
-    with child(launcher.command(processes, config_file), log_file, launcher.environment(processes), GRACE_SECONDS) as running:
+    job = Job(config_file, recipe.train.processes, recipe.launch)
+    work.log(launcher.described(job))
+    with child(launcher.command(job), log_file, launcher.environment(job), GRACE_SECONDS) as running:
         status = follow(running, lambda line: _relay(line, work))
     if status != 0:
         raise _failure(outcome, status, log_file)
@@ -66,14 +68,25 @@ def run(recipe: Recipe, work: Work) -> Metrics:
 
 
 def with_places(settings: TrainConfig) -> TrainConfig:
-    """The settings with the places of prompt files, which a recipe names as other files; the engine knows its working directory only."""
+    """The settings with the places of what a recipe names as other files; the engine knows its working directory only."""
     prompts = (str(resolve_path(prompt)) if prompt.endswith(PROMPT_FILES) else prompt for prompt in settings.sample_prompts)
-    return settings.model_copy(update={"sample_prompts": tuple(prompts)})
+    start = str(resolve_path(settings.start)) if settings.start else None
+    return settings.model_copy(update={"sample_prompts": tuple(prompts), "start": start})
 
 
-def _relay(line: str, work: Work) -> None:
-    if line.startswith("[XTuner]"):
-        work.log(line.split("[INFO] ", 1)[-1])
+def start_files(recipe: Recipe) -> list[Path]:
+    """The checkpoint that training begins with; its content decides, not its place.
+
+    Raises:
+        DataError: the folder holds none.
+    """
+    if recipe.train.start is None:
+        return []
+    folder = resolve_path(recipe.train.start)
+    files = [folder / "checkpoint.json", *sorted((folder / "tensors").glob("*"))]
+    if not files[0].is_file():
+        raise DataError(f"train.start {folder}: no checkpoint.json is there. Name payload/checkpoint of an artifact of stage train.")
+    return files
 
 
 def _failure(outcome: Path, status: int, log_file: Path) -> UserError:
@@ -121,4 +134,12 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     return {**quantizer, **switches().facts(), "train": recipe.train.deciding(), "seed": recipe.seed}
 
 
-STAGE = Stage(name="train", version=5, run=run, settings=_settings, libraries=("torch", "transformers", "peft", "numpy"), resumable=True)
+STAGE = Stage(
+    name="train",
+    version=6,
+    run=run,
+    settings=_settings,
+    files=start_files,
+    libraries=("torch", "transformers", "peft", "numpy"),
+    resumable=True,
+)

@@ -231,7 +231,9 @@ class TrainConfig(Config):
         description="Before the first step, a forward and a backward pass of the largest packs without an update, so that memory that does "
         "not suffice is told at once; auto: on a GPU only.",
     )
-    processes: int = Field(default=1, ge=1, description="Training processes (one a GPU; on CPU they share the cores).")
+    processes: int = Field(
+        default=1, ge=1, description="Training processes in all, on all machines together (one a GPU; on CPU they share the cores)."
+    )
     launcher: str = Field(default="local", description="How processes are started, a module of pipelines/launchers.")
     prefetch: int = Field(default=2, ge=0, description="Steps whose packs are read in the background before they are due (0: none).")
     validation_interval: int | None = Field(
@@ -297,8 +299,27 @@ class TrainConfig(Config):
         return self
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide the result, as JSON values by name."""
-        return self.model_dump(mode="json", exclude=set(OBSERVING))
+        """The settings that decide the result, as JSON values by name; of `start` only the content does, which is no setting."""
+        return self.model_dump(mode="json", exclude={*OBSERVING, "start"})
+
+
+def trained_otherwise(earlier: dict[str, Any], train: TrainConfig) -> str:
+    """Why a run with these settings cannot go on from the tensors of one with those (as JSON values); empty if it can."""
+    every = TrainConfig().model_dump(mode="json")  # a field may be new in this version
+    before, now = _trained({**every, **earlier}), _trained(train.model_dump(mode="json"))
+    return ", ".join(
+        f"train.{name} is {before.get(name)} there and {now.get(name)} here"
+        for name in {**before, **now}
+        if before.get(name) != now.get(name)
+    )
+
+
+def _trained(train: dict[str, Any]) -> dict[str, Any]:
+    """What decides which tensors are trained, their types, and what an adapter's numbers mean."""
+    if train["method"] == "full":
+        return {"method": "full", "freeze": sorted(train["freeze"]), "weights": train["weights"]}
+    lora = {**train["lora"], "targets": sorted(train["lora"]["targets"])}
+    return {"method": train["method"], **{f"lora.{name}": value for name, value in lora.items() if name != "dropout"}}
 
 
 class SftConfig(Config):

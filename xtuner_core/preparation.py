@@ -83,7 +83,7 @@ def decided(run: RunConfig, folders: ModelFolders, plan: Plan, earlier: work.Fac
         "tokenizer": tokenizer_digests(folders.tokenizer),
         "template": plan.template,
         "data": {**data_settings(run.data), "files": files},
-        "train": run.train.model_dump(mode="json"),
+        "train": {**run.train.model_dump(mode="json"), "start": work.start_digest(run.train)},
         "seed": run.seed,
     }
 

@@ -19,7 +19,7 @@ from xtuner_core.errors import RecipeError
 
 Tree = dict[str, Any]
 _Kind = TypeVar("_Kind", bound=Config)
-PIPELINE_ONLY = ("name", "description", "convert", "eval", "chat")
+PIPELINE_ONLY = ("name", "description", "convert", "eval", "chat", "retrain", "promotion")
 """Sections of a pipeline's recipe that say nothing about training."""
 _ALTERNATIVES: dict[tuple[str, ...], str] = {("train", "total_step"): "epochs", ("train", "epochs"): "total_step"}
 

@@ -12,6 +12,7 @@ from xtuner_core.build import build
 from xtuner_core.checkpoint import state, store
 from xtuner_core.checkpoint.resume import Position, load_best, resume
 from xtuner_core.checkpoint.saver import Saver
+from xtuner_core.checkpoint.start import fingerprint
 from xtuner_core.config import SftConfig
 from xtuner_core.data.dataset import PackedDataset
 from xtuner_core.data.loader import Batch, load_step, read_ahead
@@ -110,7 +111,7 @@ def finish(config: SftConfig, model: PreTrainedModel, at: Position, world: World
     """
     if at.history.skipped == at.step:
         raise DataError(f"all {at.step} steps were left out (train.skip_grad_norm_factor); nothing was learned. Lower train.lr.")
-    facts = {"step": at.step, "seed": config.seed, "train": config.train.deciding()}
+    facts = {"step": at.step, "seed": config.seed, "train": config.train.deciding(), "base": fingerprint(config.model_dir)}
     facts |= {"skipped_steps": at.history.skipped} if config.train.skip_grad_norm_factor else {}
     if config.train.checkpoint_best:
         facts |= {"best_step": at.measured.best_step, "best_loss": at.measured.best_loss}

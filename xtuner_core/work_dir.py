@@ -169,6 +169,22 @@ def _file_facts(file: Path, known: Facts | None) -> Facts:
     return {**seen, "sha256": sha256(file)}
 
 
+def start_digest(train: TrainConfig) -> str | None:
+    """What stands for the content of `train.start`; None without it.
+
+    Raises:
+        DataError: there is no checkpoint in the folder.
+    """
+    if train.start is None:
+        return None
+    from xtuner_core.checkpoint import store
+
+    try:
+        return store.facts(Path(train.start))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DataError(f"train.start {train.start}: no {store.FACTS} of a run's result is there. Name its folder `final`.") from None
+
+
 def is_complete(work_dir: Path, train: TrainConfig, seed: int) -> bool:
     """Whether the directory has the whole result of a run with these settings."""
     from xtuner_core.checkpoint import store
@@ -184,7 +200,7 @@ def is_complete(work_dir: Path, train: TrainConfig, seed: int) -> bool:
 
 def _deciding(settings: Facts) -> Facts:
     unseen = UNSEEN - {"validation_interval"} if settings.get("checkpoint_best") or settings.get("early_stop") else UNSEEN
-    return {name: value for name, value in settings.items() if name not in unseen}
+    return {name: value for name, value in settings.items() if name not in unseen | {"start"}}  # which `require_same_run` compares
 
 
 def write_facts(work_dir: Path, facts: Facts) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 from torch.optim import Optimizer
 from transformers import PreTrainedModel
 
-from xtuner_core.checkpoint import state, store
+from xtuner_core.checkpoint import start, state, store
 from xtuner_core.config import SftConfig
 from xtuner_core.errors import DataError, RecipeError
 from xtuner_core.guards import History
@@ -41,6 +41,8 @@ class Position:
 def resume(config: SftConfig, model: PreTrainedModel, optimizer: Optimizer, total: int, world: World) -> Position:
     """Load the newest whole checkpoint, if there is one, into model, optimizer and random generators; where the run goes on.
 
+    A run that begins takes the weights of `train.start`, if that is given; its errors are those of `start.begin`.
+
     Raises:
         RecipeError: the checkpoint is past the last step.
     """
@@ -57,6 +59,8 @@ def resume(config: SftConfig, model: PreTrainedModel, optimizer: Optimizer, tota
         store.load(folder, tensors)
         state.restore(model, optimizer, world, tensors)
         say(world.rank, f"resumed from {folder.name}")
+    elif config.train.start:
+        start.begin(config, model, world)
     forget_after(position.step, config, world)
     return _with_best(position, config, world)
 

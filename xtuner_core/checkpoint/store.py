@@ -100,7 +100,7 @@ def load(folder: Path, tensors: dict[str, torch.Tensor], partly: bool = False) -
         RecipeError: the checkpoint is of another model or method: names, shapes or types differ. Nothing is changed then.
         StorageError: a file cannot be read.
     """
-    if different := _differences(described(folder), tensors, partly):
+    if different := differences(folder, tensors, partly):
         raise RecipeError(
             f"{folder}: a checkpoint of another model, method or optimizer: {different}. Undo the change, or choose another work_dir."
         )
@@ -115,8 +115,9 @@ def described(folder: Path) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
     return {name: (tensor.shape, tensor.dtype) for name, tensor in open_checkpoint(folder).items()}
 
 
-def _differences(saved: dict[str, tuple[tuple[int, ...], torch.dtype]], tensors: dict[str, torch.Tensor], partly: bool) -> str:
-    """The first few; random streams of ranks that are not here any more do not count."""
+def differences(folder: Path, tensors: dict[str, torch.Tensor], partly: bool = False) -> str:
+    """The first few, empty if there are none: names, shapes, types. Random streams of ranks that are not here any more do not count."""
+    saved = described(folder)
     wanted = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
     told = [f"{name} is not in it" for name in wanted if name not in saved]
     told += [f"{name} is too many" for name in saved if not (partly or name in wanted or name.startswith("rng."))]

@@ -72,6 +72,21 @@ def results(work: Path) -> dict[str, bytes]:
     return {str(file.relative_to(work)): file.read_bytes() for file in [*files, work / "run.json", work / "metrics.jsonl"] if file.exists()}
 
 
+def test_start_goes_on_from_a_result_in_a_directory_of_its_own(place: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Another result in the same place is another run; the same one elsewhere is the same."""
+    finals = [shutil.copytree(place / "work" / "final", tmp_path_factory.mktemp("earlier") / "final") for _ in range(2)]
+    model = str(next((place / "work" / "prepared").glob("model-*")))
+    basics = ["--load-from", model, *BASICS[2:], "--dataset", str(place / "chats.jsonl"), "--work-dir", str(place / "next")]
+    assert sft.main([*basics, "--total-step", "1", "--start", str(finals[0])]) == 0
+    assert rows(place / "next")[0]["total_loss"] < rows(place / "work")[0]["total_loss"] - 0.3
+    before = results(place / "next")
+    assert sft.main([*basics, "--total-step", "1", "--start", str(finals[1])]) == 0
+    assert results(place / "next") == before
+    assert sft.main([*basics, "--total-step", "1"]) == 78
+    assert "train.start" in json.loads((place / "next" / "outcome.json").read_text())["message"]
+    assert sft.main([*basics, "--total-step", "1", "--start", str(place)]) == 65
+
+
 def test_a_preset_learns_from_raw_files(trained: Path) -> None:
     losses = [row["total_loss"] for row in rows(trained / "work")]
     assert len(losses) == 4 and losses[-1] < losses[0] - 0.5

@@ -42,11 +42,23 @@ def new_run(name: str, folder: Path, model: Path, data: Path) -> SftConfig:
     return config
 
 
+def going_on(first: SftConfig, folder: Path) -> SftConfig:
+    """One step that changes nothing, from the result of a run."""
+    still = {"start": str(first.work_dir / "final"), "total_step": 1, "lr": 1e-30, "lr_min": 0.0, "weight_decay": 0.0}
+    train = first.train.model_copy(update=still)
+    config = first.model_copy(update={"work_dir": folder, "train": train})
+    folder.mkdir()
+    (folder / "config.json").write_text(config.model_dump_json())
+    return config
+
+
 @pytest.fixture(scope="module")
 def on_two(tiny_model_folder: Path, tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """Method → the work directory of its run on two processes."""
+    """Method → the work directory of its run on two processes, and of one that goes on from its result."""
     work = tmp_path_factory.mktemp("two")
-    folders = {name: new_run(name, work / name, tiny_model_folder, tiny_data).work_dir for name in METHODS}
+    runs = {name: new_run(name, work / name, tiny_model_folder, tiny_data) for name in METHODS}
+    folders = {name: config.work_dir for name, config in runs.items()}
+    folders |= {f"{name} again": going_on(config, work / f"{name} again").work_dir for name, config in runs.items()}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     command += [Path(__file__).with_name("train_in_turn.py"), *(folder / "config.json" for folder in folders.values())]
     environment = {**os.environ, "PYTHONPATH": str(Path(trainer.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
@@ -91,6 +103,34 @@ def load(folder: Path) -> PreTrainedModel:
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.inference_mode():
         return model(input_ids=torch.arange(40)[None]).logits
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_result_of_two_processes_is_what_two_begin_with_and_one(
+    name: str, on_two: dict[str, Path], world: World, stop: StopRequest, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    first = new_run(name, tmp_path / name, tiny_model_folder, tiny_data).model_copy(update={"work_dir": on_two[name]})
+    alone = going_on(first, tmp_path / "alone")
+    trainer.train(alone, world, stop)
+    saved, two, one = (load_whole(folder / "final") for folder in (on_two[name], on_two[f"{name} again"], alone.work_dir))
+    for other in (two, one):
+        assert other.keys() == saved.keys() and all((other[tensor] - saved[tensor]).abs().max() < 1e-25 for tensor in saved)
+
+
+def test_the_adapter_begun_with_is_the_merged_model(
+    world: World, stop: StopRequest, tiny_model_folder: Path, tiny_data: Path, tmp_path: Path
+) -> None:
+    config = new_run("dora", tmp_path / "one", tiny_model_folder, tiny_data)
+    trainer.train(config, world, stop)
+    converted(config, tiny_model_folder, tiny_data, tmp_path)
+    adapter = going_on(config, tmp_path / "adapter")
+    full = adapter.train.model_copy(update={"method": "full", "start": None})
+    (tmp_path / "merged").mkdir()
+    merged = adapter.model_copy(update={"model_dir": tmp_path / "payload" / "model", "work_dir": tmp_path / "merged", "train": full})
+    for run in (adapter, merged):
+        trainer.train(run, world, stop)
+    [goes_on], [whole], first = (losses(folder) for folder in (adapter.work_dir, merged.work_dir, config.work_dir))
+    assert goes_on == pytest.approx(whole, rel=1e-5) and goes_on < 0.98 * first[0]
 
 
 @pytest.mark.parametrize("name", METHODS)
