@@ -307,11 +307,8 @@ def trained_otherwise(earlier: dict[str, Any], train: TrainConfig) -> str:
     """Why a run with these settings cannot go on from the tensors of one with those (as JSON values); empty if it can."""
     every = TrainConfig().model_dump(mode="json")  # a field may be new in this version
     before, now = _trained({**every, **earlier}), _trained(train.model_dump(mode="json"))
-    return ", ".join(
-        f"train.{name} is {before.get(name)} there and {now.get(name)} here"
-        for name in {**before, **now}
-        if before.get(name) != now.get(name)
-    )
+    different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    return ", ".join(f"train.{name} is {before.get(name)} there and {now.get(name)} here" for name in different)
 
 
 def _trained(train: dict[str, Any]) -> dict[str, Any]:

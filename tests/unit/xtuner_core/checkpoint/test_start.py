@@ -167,7 +167,11 @@ def no_facts(folder: Path) -> None:
     (folder / store.FACTS).unlink()
 
 
-DAMAGES = {lacking: "the checkpoint is damaged", flipped: "is not what was saved", no_facts: r"no checkpoint\.json is there"}
+DAMAGES: dict[Callable[[Path], None], str] = {
+    lacking: "the checkpoint is damaged",
+    flipped: "is not what was saved",
+    no_facts: r"no checkpoint\.json is there",
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
