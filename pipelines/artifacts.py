@@ -4,21 +4,24 @@ STORE/<stage>/<key>/payload/       the result; its digest is part of the keys of
                    /record/        logs, pictures, timings
                    /manifest.json  inputs, settings, environment, every file's size and sha256
                    /stamps.json    modification times seen at the last full check
+                   /used           modified when the artifact was used last, and locked (shared, by the kernel) while a run needs it
 STORE/shards/<key>/                a tokenized input file: a cache of the prepare stage (xtuner_core/data/shards.py)
-STORE/.work/<stage>-<key>/         an attempt that is running or was interrupted
+STORE/.work/<stage>-<key>/         an attempt that is running or was interrupted; attempt.json says what it was made from
 STORE/.damaged/<stage>-<key>/      a published artifact that failed its check, until it is rebuilt
+STORE/.removed/<stage>-<key>.json  the manifest of one that was cleaned up (pipelines/cleanup.py)
 """
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property
 from pathlib import Path
@@ -26,6 +29,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from pipelines.peak_memory import peak_memory
 from pipelines.recipe import PROJECT, Recipe
 from pipelines.stage import Log, Metrics, Progress, Stage, Work, untold
 from xtuner_core.digest import key_of, library_version, sha256
@@ -33,6 +37,10 @@ from xtuner_core.durable import json_bytes, publish, remove, write_json
 from xtuner_core.errors import DataError
 
 SCHEMA = 1
+USED = "used"
+ATTEMPT = "attempt.json"
+RECENT = 8
+"""Artifacts of a stage that are looked at to learn from, or to tell what changed."""
 _ENVIRONMENT = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "prefect")
 
 
@@ -40,11 +48,30 @@ class Damaged(Exception):
     """A published artifact is not what its manifest says; the message names the file and what is wrong."""
 
 
+class Hold:
+    """The artifact is in use, and so not cleaned up, for as long as this object lives; the kernel ends it with the process."""
+
+    _mark = -1
+
+    def __init__(self, artifact: Path) -> None:
+        self._mark = os.open(artifact / USED, os.O_RDWR | os.O_CREAT, 0o666)
+        fcntl.flock(self._mark, fcntl.LOCK_SH)
+        os.utime(self._mark)
+
+    def __del__(self) -> None:
+        if self._mark >= 0:
+            os.close(self._mark)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()  # a copy in another process holds nothing
+
+
 @dataclass(frozen=True)
 class Artifact:
     """A published artifact."""
 
     path: Path
+    hold: Hold | None = field(default=None, compare=False, repr=False)
 
     @property
     def payload(self) -> Path:
@@ -83,10 +110,11 @@ class Result:
 
 
 class Store:
-    """A directory of artifacts."""
+    """A directory of artifacts; `full`: what is found in it is hashed again, whatever its time stamps say."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, full: bool = False) -> None:
         self.root = root.resolve()
+        self.full = full
         self.cache = self.root / "shards"
 
     def ingredients(self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Artifact]) -> dict[str, Any]:
@@ -116,21 +144,31 @@ class Store:
         """Every published artifact."""
         return sorted(path.parent for path in self.root.glob("[!.]*/*/manifest.json"))
 
+    def recent(self, stage: str) -> list[Artifact]:
+        """The last `RECENT` artifacts of the stage with a readable manifest, newest first; those that were cleaned up come last."""
+        found = sorted((self.root / stage).glob("*/manifest.json"), key=_modified, reverse=True)[:RECENT]
+        removed = sorted((self.root / ".removed").glob(f"{stage}-*.json"), key=_modified, reverse=True)[: RECENT - len(found)]
+        made = [Artifact(file.parent) for file in found] + [_removed(file) for file in removed]
+        return [artifact for artifact in made if _is_readable(artifact)]
+
     def newest(self, stage: str, inputs: Mapping[str, str] | None = None) -> Artifact | None:
         """The artifact of this stage that was made last, if possible of these inputs (name → digest), to tell what changed since."""
-        made = []
-        for folder in (self.root / stage).glob("*"):
-            try:
-                manifest = Artifact(folder).manifest
-                same = inputs is not None and manifest["ingredients"]["inputs"] == inputs
-                made.append((same, manifest["created"], folder))
-            except (OSError, ValueError, KeyError, TypeError):
-                continue
-        return Artifact(max(made)[-1]) if made else None
+        recent = self.recent(stage)
+        of_inputs = (one for one in recent if inputs is not None and one.manifest["ingredients"]["inputs"] == inputs)
+        return next(of_inputs, recent[0] if recent else None)
 
-    def produce(self, stage: Stage, recipe: Recipe, inputs: Mapping[str, Artifact], log: Log, progress: Progress = untold) -> Result:
-        """Lock, look up, and if need be run the stage and publish its artifact.
+    def produce(
+        self,
+        stage: Stage,
+        recipe: Recipe,
+        inputs: Mapping[str, Artifact],
+        log: Log,
+        progress: Progress = untold,
+        foretell: Callable[[], Mapping[str, Any]] = dict,
+    ) -> Result:
+        """Lock, look up, and if need be run the stage and publish its artifact; it is in use as long as the result lives.
 
+        `foretell` says before the stage runs what it will take; the manifest keeps it.
         Two callers with one key: the second waits and then finds the first one's artifact. The lock is the kernel's (flock),
         so it ends with its holder, however that dies.
         """
@@ -139,12 +177,12 @@ class Store:
         key = key_of(ingredients)
         with self._locked(f"{stage.name}-{key}", log):
             try:
-                if found := self.find(stage.name, key):
-                    return Result(found, True, time.monotonic() - started)
+                if found := self.find(stage.name, key, self.full):
+                    return Result(replace(found, hold=Hold(found.path)), True, time.monotonic() - started)
             except Damaged as damage:
                 log(f"{stage.name}: artifact {key} is damaged ({damage}); it is set aside and rebuilt")
                 self._set_aside(stage.name, key)
-            artifact = self._run(stage, recipe, inputs, key, ingredients, log, progress)
+            artifact = self._run(stage, recipe, inputs, key, ingredients, log, progress, foretell())
             remove(self.root / ".damaged" / f"{stage.name}-{key}")
             return Result(artifact, False, time.monotonic() - started)
 
@@ -203,6 +241,7 @@ class Store:
         ingredients: dict[str, Any],
         log: Log,
         progress: Progress,
+        forecast: Mapping[str, Any],
     ) -> Artifact:
         attempt = self.root / ".work" / f"{stage.name}-{key}"
         if not stage.resumable:
@@ -210,9 +249,12 @@ class Store:
         parts = {part: attempt / part for part in ("payload", "record", "scratch")}
         for folder in parts.values():
             folder.mkdir(parents=True, exist_ok=True)
+        references = {name: item.reference for name, item in inputs.items()}
+        write_json(attempt / ATTEMPT, {"stage": stage.name, "key": key, "recipe": recipe.name, "inputs": references})
         started = time.monotonic()
         work = Work({name: item.payload for name, item in inputs.items()}, **parts, cache=self.cache, log=log, progress=progress)
-        metrics = stage.run(recipe, work)
+        with peak_memory() as peak:
+            metrics = stage.run(recipe, work)
         self._require_unchanged(stage.files(recipe), ingredients["files"])
         remove(parts["scratch"])
         manifest = {
@@ -221,23 +263,53 @@ class Store:
             "key": key,
             "recipe": recipe.name,
             "ingredients": ingredients,
-            "inputs": {name: item.reference for name, item in inputs.items()},
+            "inputs": references,
             "input_files": [{"path": str(path), "sha256": self.file_digest(path)} for path in stage.files(recipe)],
             "environment": environment(),
             "metrics": metrics,
             "seconds": round(time.monotonic() - started, 3),
+            "peak_memory": peak(),
+            "forecast": dict(forecast),
             "created": datetime.now(UTC).isoformat(timespec="milliseconds"),
             **describe_files(attempt),
         }
         write_json(attempt / "manifest.json", sealed(manifest))
         write_json(attempt / "stamps.json", _stamps(attempt, manifest))
+        remove(attempt / ATTEMPT)
+        (attempt / USED).touch()
+        hold = Hold(attempt)
         publish(attempt, self.root / stage.name / key)
-        return Artifact(self.root / stage.name / key)
+        return Artifact(self.root / stage.name / key, hold)
 
     def _require_unchanged(self, files: list[Path], digests: list[str]) -> None:
         """The key was made from the files' old bytes: an artifact of their new ones must not get that name."""
         if self.file_digests(files) != digests:
             raise DataError(f"one of {', '.join(map(str, files[:5]))} changed while it was read. Run the same command again.")
+
+
+def _modified(file: Path) -> int:
+    try:
+        return file.stat().st_mtime_ns
+    except FileNotFoundError:  # cleaned up meanwhile
+        return 0
+
+
+def _removed(file: Path) -> Artifact:
+    """Known by its manifest only."""
+    stage, _, key = file.stem.rpartition("-")
+    artifact = Artifact(file.parents[1] / stage / key)
+    with suppress(OSError, ValueError):
+        artifact.__dict__["manifest"] = json.loads(file.read_text(encoding="utf-8"))
+    return artifact
+
+
+def _is_readable(artifact: Artifact) -> bool:
+    try:
+        return {"recipe", "created", "metrics", "seconds", "files"} <= artifact.manifest.keys() and "inputs" in artifact.manifest[
+            "ingredients"
+        ]
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return False
 
 
 def sealed(value: Mapping[str, Any]) -> dict[str, Any]:

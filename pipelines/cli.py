@@ -90,16 +90,16 @@ def copy_cfg(name: str, folder: Path) -> None:
 def plan(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
     """Say which stages are cached, which will run and why, and whether the training fits this machine and how long it takes."""
     from pipelines.artifacts import Store
-    from pipelines.forecast import forecast, this_machine
+    from pipelines.forecast import forecast, lines, this_machine
     from pipelines.pipeline import plan as make_plan
     from pipelines.retraining import recipe_of_today
 
-    chosen, made = recipe_of_today(recipe, overrides, Store(store)), {}
-    for step in make_plan(chosen, Store(store)):
+    home = Store(store)
+    chosen, steps = recipe_of_today(recipe, overrides, home), []
+    for step in make_plan(chosen, home):
         print(f"{step.node.name:<15} {step.state:<9} {step.why}")
-        made[step.node.name] = step
-    if made["train"].artifact is None:
-        print(*forecast(chosen, Store(store), made["base"].artifact, made["prepare"].artifact, this_machine()), sep="\n")
+        steps.append(step)
+    print(*lines(forecast(steps, chosen, home, this_machine())), sep="\n")
 
 
 @app.command

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from safetensors import SafetensorError
 
 from pipelines.artifacts import Artifact, Result, Store
+from pipelines.forecast import expected
 from pipelines.pipeline import Node, check_stages, needed_for
 from pipelines.recipe import Recipe
 from pipelines.stage import Progress, untold
@@ -35,8 +36,9 @@ def run_node(
         Interrupted: Ctrl-C or SIGTERM; what is finished is kept.
         StorageError: something cannot be written, and the error names no file (safetensors' and numpy's do not).
     """
+    inputs = {name: made[source] for name, source in node.inputs.items()}
     try:
-        return store.produce(node.stage, recipe, {name: made[source] for name, source in node.inputs.items()}, log, progress)
+        return store.produce(node.stage, recipe, inputs, log, progress, lambda: expected(node, recipe, store, made))
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted in {node.name}; finished stages are kept, run the same command again to continue.") from None
     except (SafetensorError, OSError) as error:

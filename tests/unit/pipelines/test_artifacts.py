@@ -338,7 +338,7 @@ def test_an_interrupted_attempt_starts_clean(store: Store) -> None:
     assert published(store) == []
     artifact = produce(store).artifact
     assert sorted(path.name for path in artifact.path.rglob("*") if path.is_file()) == [
-        "log.txt", "manifest.json", "stamps.json", "weights.bin",
+        "log.txt", "manifest.json", "stamps.json", "used", "weights.bin",
     ]  # fmt: skip
 
 

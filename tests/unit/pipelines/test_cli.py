@@ -143,11 +143,12 @@ def test_a_broken_recipe_file_is_named(tmp_path: Path) -> None:
 def test_plan_prints_one_line_a_stage_and_what_training_needs(store: Path) -> None:
     done = xtuner("plan", TINY, DATA, "--store", store)
     assert done.returncode == 0
-    *stages, needed = done.stdout.splitlines()
-    assert needed.startswith("train: 0.1 M parameters, 0.1 M trained; about ") and "; 40 steps" in needed
-    lines = [line.split() for line in stages]
-    assert [line[0] for line in lines] == ["base", "prepare", "train", "convert", "eval-base", "eval", "verdict", "chat"]
-    assert [line[1] for line in lines] == ["cached", "cached", "will", "depends", "will", "depends", "depends", "depends"]
+    told = [line.split() for line in done.stdout.splitlines()]
+    stages, forecast = told[:8], told[8:]
+    assert [line[0] for line in stages] == ["base", "prepare", "train", "convert", "eval-base", "eval", "verdict", "chat"]
+    assert [line[1] for line in stages] == ["cached", "cached", "will", "depends", "will", "depends", "depends", "depends"]
+    assert [line[0] for line in forecast] == ["train", "convert", "eval-base", "eval", "chat", "all"]
+    assert forecast[0][1:8] == ["0.1", "M", "parameters,", "0.1", "M", "trained,", "40"]
 
 
 def test_a_cached_stage_is_found_from_any_folder_and_says_its_figures(store: Path, tmp_path: Path) -> None:

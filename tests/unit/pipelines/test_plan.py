@@ -18,6 +18,7 @@ from pipelines.runner import run_until
 from xtuner_core.errors import DataError, RecipeError, UserError
 
 TINY = "qwen3_tiny_full_openai"
+TOOK = {"metrics": {}, "seconds": 1.0, "files": []}
 DATA = ("data.train=data/openai_chats/heldout.jsonl",)
 
 
@@ -93,7 +94,9 @@ def test_an_evaluation_is_compared_with_the_last_one_of_the_same_model(prepared_
     for name, day, ingredients in (("base", 1, of_base), ("tuned", 2, {**of_base, "inputs": {"model": "0" * 64}})):
         folder = prepared_store.root / "eval" / name
         folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text(json.dumps({"created": f"2026-01-0{day}", "ingredients": ingredients}))
+        (folder / "manifest.json").write_text(
+            json.dumps({"stage": "eval", "recipe": TINY, "created": f"2026-01-0{day}", "ingredients": ingredients, **TOOK})
+        )
     assert planned(prepared_store, "eval.limit=5")["eval-base"].why == "settings.limit: None → 5"
 
 
