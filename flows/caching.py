@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from prefect import State
-from prefect.states import Completed, Failed
+from prefect.runtime import deployment
+from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from pipelines.artifacts import Result
-from xtuner_core.errors import UserError
+from xtuner_core.errors import Interrupted, UserError
+
+TIMED_OUT = "TimedOut"
+"""Prefect's name for it."""
 
 
 def finished(result: Result) -> State[Any]:
@@ -22,5 +26,17 @@ def finished(result: Result) -> State[Any]:
 
 
 def failed(error: UserError) -> State[Any]:
-    """A failure that the user can mend."""
-    return Failed(message=str(error), data=error)
+    """A failure that the user can mend. What was interrupted is none: of a deployment it is `Crashed`, which runs again and continues."""
+    if not isinstance(error, Interrupted):
+        return Failed(message=str(error), data=error)
+    ended = Crashed if deployment.id else Cancelled
+    return ended(message=str(error), data=error)
+
+
+def ended_in(node: str, state: State[Any], hours: float | None) -> State[Any]:
+    """How a run ends whose task `node` ended in `state`, without a result."""
+    if state.name == TIMED_OUT:
+        error = Interrupted(f"timeout_hours: {hours:g} h were over in {node}; finished stages are kept, the next run goes on from there.")
+        return Failed(name=TIMED_OUT, message=str(error), data=error)
+    outcome = state.result(raise_on_failure=False)
+    return failed(outcome) if isinstance(outcome, UserError) else state

@@ -9,6 +9,7 @@ from prefect import State, Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 
 from flows.caching import failed, finished
+from flows.live import by_level, live_progress
 from pipelines.artifacts import Artifact, Store
 from pipelines.pipeline import Node
 from pipelines.recipe import Recipe
@@ -19,14 +20,17 @@ from xtuner_core.errors import UserError, from_os_error
 logging.getLogger("prefect.task_runs").addFilter(lambda record: "Task run failed with state" not in record.getMessage())
 
 
-def task_of(node: Node) -> Task[..., Any]:
-    """The Prefect task that makes the node's artifact or finds it."""
+def task_of(node: Node, seconds: float | None = None) -> Task[..., Any]:
+    """The Prefect task that makes the node's artifact or finds it, in at most so many seconds.
 
-    @task(name=node.name, task_run_name=node.name, cache_policy=NO_CACHE, persist_result=False)
+    Call it, do not submit it: in another thread its children would end with that thread, and a time limit would wait for them.
+    """
+
+    @task(name=node.name, task_run_name=node.name, cache_policy=NO_CACHE, persist_result=False, timeout_seconds=seconds)
     def make(recipe: Recipe, store: Store, made: dict[str, Artifact]) -> State[Any]:
-        log = get_run_logger()
+        logger = get_run_logger()
         try:
-            return finished(run_node(node, recipe, store, made, log.info))
+            return finished(run_node(node, recipe, store, made, by_level(logger), live_progress(node.name, logger)))
         except UserError as error:
             return failed(error)
         except OSError as error:

@@ -32,6 +32,8 @@ class Child:
     process: subprocess.Popen[bytes]
     output: Path
     start: int
+    grace: float
+    """Seconds it has after SIGTERM."""
 
 
 @contextmanager
@@ -60,7 +62,7 @@ def child(command: Sequence[str | Path], output: Path, env: Mapping[str, str], g
             preexec_fn=partial(die_with_parent, os.getpid()),  # safe beside threads: two system calls
         )
     try:
-        yield Child(process, output, start)
+        yield Child(process, output, start, grace)
     finally:
         _end(process, grace)
 
@@ -84,7 +86,8 @@ def _end(process: subprocess.Popen[bytes], grace: float) -> None:
 def follow(running: Child, on_line: Callable[[str], None], timeout: float | None = None) -> int:
     """Hand each line the child writes to `on_line` until it ends; returns its exit status (of a progress bar, its last state).
 
-    Polls, never blocks, so that a signal or a Prefect timeout gets through at once.
+    Polls, never blocks, so that a signal or a Prefect timeout gets through at once; the child is then ended in order, and what it still
+    says is handed on as well.
 
     Raises:
         TimeoutError: the process ran longer than `timeout` seconds.
@@ -93,18 +96,26 @@ def follow(running: Child, on_line: Callable[[str], None], timeout: float | None
     with open(running.output, "rb") as stream:
         stream.seek(running.start)
         rest = b""
-        while True:
-            status = running.process.poll()  # before the read: what an ended process wrote is all there
+
+        def hand_on(ended: bool) -> None:
+            nonlocal rest
             *lines, rest = (rest + stream.read()).split(b"\n")
-            for line in lines:
+            for line in [*lines, rest] if ended and rest else lines:
                 on_line(_shown(line))
-            if status is not None:
-                if rest:
-                    on_line(_shown(rest))
-                return status
-            if deadline is not None and time.monotonic() > deadline:
-                raise TimeoutError(f"still running after {timeout:.0f} s")
-            time.sleep(POLL_SECONDS)
+
+        try:
+            while True:
+                status = running.process.poll()  # before the read: what an ended process wrote is all there
+                hand_on(ended=status is not None)
+                if status is not None:
+                    return status
+                if deadline is not None and time.monotonic() > deadline:
+                    raise TimeoutError(f"still running after {timeout:.0f} s")
+                time.sleep(POLL_SECONDS)
+        except BaseException:
+            _end(running.process, running.grace)
+            hand_on(ended=True)
+            raise
 
 
 def _shown(line: bytes) -> str:

@@ -13,6 +13,7 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from pipelines import shipped
+from pipelines.launch import LaunchConfig
 from xtuner_core.config import Config, DataConfig, TrainConfig
 from xtuner_core.errors import RecipeError
 
@@ -155,6 +156,18 @@ class Recipe(Config):
     chat: ChatConfig
     retrain: RetrainConfig = RetrainConfig()
     promotion: PromotionConfig = PromotionConfig()
+    timeout_hours: float | None = Field(
+        default=None,
+        gt=0,
+        description="A run of the flow that takes longer is ended; its training saves a checkpoint, and the next run goes on from there.",
+    )
+    launch: LaunchConfig = LaunchConfig()
+
+    @model_validator(mode="after")
+    def _as_many_processes_on_each_node(self) -> Recipe:
+        if self.train.processes % self.launch.nodes:
+            raise ValueError(f"train.processes ({self.train.processes}) must be a multiple of launch.nodes ({self.launch.nodes})")
+        return self
 
 
 _UNREADABLE = (yaml.YAMLError, ValueError, RecursionError)

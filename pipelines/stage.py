@@ -14,6 +14,7 @@ from typing import Any
 from pipelines.recipe import Recipe
 
 Log = Callable[[str], None]
+"""Takes a line; one that begins with `warning: ` or `error: ` is shown as such."""
 Metrics = dict[str, Any]
 Progress = Callable[[float, str], None]
 """Told how much of a stage is done (0 to 1), and where it stands in a few words; may be called often."""

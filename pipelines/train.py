@@ -15,6 +15,7 @@ from pipelines.pictures import loss_curve
 from pipelines.processes import child, follow, tail
 from pipelines.recipe import Recipe, resolve_path
 from pipelines.stage import Metrics, Stage, Work
+from pipelines.training_log import relayed
 from xtuner_core import registry
 from xtuner_core.config import PROMPT_FILES, SftConfig, TrainConfig
 from xtuner_core.determinism import switches
@@ -50,9 +51,9 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     remove(outcome)
     log_file = work.record / "train.log"
     job = Job(config_file, recipe.train.processes, recipe.launch)
-    work.log(launcher.described(job))
-    with child(launcher.command(job), log_file, launcher.environment(job), GRACE_SECONDS) as running:
-        status = follow(running, lambda line: _relay(line, work))
+    work.log(f"{launcher.described(job)}; the whole log: {log_file}")
+    with relayed(work) as on_line, child(launcher.command(job), log_file, launcher.environment(job), GRACE_SECONDS) as running:
+        status = follow(running, on_line)
     if status != 0:
         raise _failure(outcome, status, log_file)
     remove(work.payload / "checkpoint")  # an attempt may have been killed just before it was published
