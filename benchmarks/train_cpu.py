@@ -129,11 +129,11 @@ def run_side(side: str, job: Job, threads: int, scratch: Path) -> Json:
     Raises:
         SystemExit: it has no result.
     """
-    from pipelines.launchers import local
+    from pipelines.launchers._torchrun import environment_here
 
     file, around = job.write(scratch / "job.json"), environment(threads)
     if side == "ours":
-        found = ask(sys.executable, {**local.environment(1), **around}, LONGEST, "train_ours.py", file)
+        found = ask(sys.executable, {**environment_here(1), **around}, LONGEST, "train_ours.py", file)
     else:
         found = ask(peers_python() if side.startswith("trl") else sys.executable, around, LONGEST, "train_peers.py", side, file)
     if "failed" in found:

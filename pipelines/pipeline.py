@@ -74,6 +74,7 @@ def check(recipe: Recipe) -> None:
     for package, name in named:
         registry.require(package, name)
     trackers.require_installed(recipe.train.trackers)
+    registry.find(launchers, recipe.train.launcher).check(recipe.launch)
     check_stages(nodes(recipe), recipe)
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from pipelines.chatters import Endpoint
 from pipelines.evaluators import DatasetScore, Kind, Sample
-from pipelines.launchers.local import environment
+from pipelines.launchers._torchrun import environment_here
 from pipelines.processes import child, follow, tail
 from pipelines.questions import ChoiceQuestion, Measured, read_choices, read_measured
 from pipelines.recipe import EvalConfig, EvalDataset
@@ -69,7 +69,7 @@ def _measure(model_dir: Path, rows: Sequence[Mapping[str, Any]], timeout: int, w
     request, output = work / "request.json", work / "likelihood.log"
     write_json(request, {"model_dir": str(model_dir.resolve()), **{name: str((work / file).resolve()) for name, file in files.items()}})
     try:
-        with child([sys.executable, "-m", "xtuner_core.likelihood", str(request)], output, environment(1), GRACE) as running:
+        with child([sys.executable, "-m", "xtuner_core.likelihood", str(request)], output, environment_here(1), GRACE) as running:
             status = follow(running, lambda line: None, timeout)
     except TimeoutError:
         raise DataError(f"likelihoods were not measured within eval.timeout = {timeout} s. The end of {output}:\n{tail(output)}") from None

@@ -77,11 +77,17 @@ import sys
 TELL = "import json, pathlib, sys; c = json.load(open(sys.argv[1])); o = pathlib.Path(c['work_dir'], 'outcome.json'); "
 TELL += "o.write_text(json.dumps({'code': 75, 'message': 'by the throw-away launcher'})); sys.exit(75)"
 
-def command(processes, config):
-    return [sys.executable, "-c", TELL, str(config)]
+def check(launch):
+    pass
 
-def environment(processes):
+def command(job):
+    return [sys.executable, "-c", TELL, str(job.config)]
+
+def environment(job):
     return {}
+
+def described(job):
+    return "thrown away"
 """
 
 EVALUATOR = """

@@ -17,6 +17,7 @@ from typing import Any
 import psutil
 import pytest
 
+from pipelines.launch import Job
 from pipelines.launchers import local
 from xtuner_core.checkpoint.store import is_whole, load_whole, newest
 from xtuner_core.config import SftConfig
@@ -39,8 +40,9 @@ class Run:
         """torchrun in a session of its own, as the train stage starts it."""
         write_json(self.folder / "config.json", self.config.model_dump(mode="json"))
         processes = self.config.train.processes
-        environment = local.environment(processes) | {"OMP_NUM_THREADS": "1"}
-        command = local.command(processes, self.folder / "config.json")
+        job = Job(self.folder / "config.json", processes)
+        environment = local.environment(job) | {"OMP_NUM_THREADS": "1"}
+        command = local.command(job)
         with open(self.folder / "log", "ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from pipelines import train as train_stage
+from pipelines.launch import Job
 from pipelines.launchers import local
 from xtuner_core import trainer, validation
 from xtuner_core.checkpoint import store
@@ -163,8 +164,9 @@ def test_two_processes_share_packs_that_do_not_come_out_even(tiny_model_folder: 
         places = {"model_dir": tiny_model_folder, "data_dir": validated_data, "work_dir": folder}
         config = SftConfig.model_validate({**places, "train": {**train, "processes": processes}})
         write_json(folder / "config.json", config.model_dump(mode="json"))
-        environment = local.environment(processes) | {"OMP_NUM_THREADS": "1"}
-        command = local.command(processes, folder / "config.json")
+        job = Job(folder / "config.json", processes)
+        environment = local.environment(job) | {"OMP_NUM_THREADS": "1"}
+        command = local.command(job)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
         assert done.returncode == 0, done.stderr[-3000:]
         found[processes] = [(row["step"], row["learned_tokens"], row["validation_loss"]) for row in rows(folder)]
