@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from typing import Any
+from uuid import UUID
 
 from prefect import State
-from prefect.runtime import deployment
+from prefect.client.orchestration import get_client
+from prefect.exceptions import TerminationSignal
+from prefect.runtime import deployment, flow_run
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from pipelines.artifacts import Result
@@ -33,10 +37,31 @@ def failed(error: UserError) -> State[Any]:
     return ended(message=str(error), data=error)
 
 
+def stopped(node: str, signal: TerminationSignal) -> State[Any]:
+    """Of a task that SIGTERM ended: `Cancelled` if someone asked for it, else `Crashed`. The flow raises the signal again (`ended_in`)."""
+    ended = Cancelled if _is_being_cancelled() else Crashed
+    return ended(message=f"stopped in {node}; finished stages are kept, the next run goes on from there.", data=signal)
+
+
+def _is_being_cancelled() -> bool:
+    try:
+        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+            state = client.read_flow_run(UUID(flow_run.id)).state
+    except Exception:  # the server is away; what is ending must not wait for it
+        return False
+    return state is not None and state.is_cancelling()
+
+
 def ended_in(node: str, state: State[Any], hours: float | None) -> State[Any]:
-    """How a run ends whose task `node` ended in `state`, without a result."""
+    """How a run ends whose task `node` ended in `state`, without a result.
+
+    Raises:
+        TerminationSignal: it was a signal that ended the task; Prefect's engine knows what to do.
+    """
     if state.name == TIMED_OUT:
         error = Interrupted(f"timeout_hours: {hours:g} h were over in {node}; finished stages are kept, the next run goes on from there.")
         return Failed(name=TIMED_OUT, message=str(error), data=error)
     outcome = state.result(raise_on_failure=False)
+    if isinstance(outcome, TerminationSignal):
+        raise outcome
     return failed(outcome) if isinstance(outcome, UserError) else state

@@ -7,8 +7,10 @@ from typing import Any
 
 from prefect import State, Task, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.exceptions import TerminationSignal
 
-from flows.caching import failed, finished
+from flows.accelerator import accelerator
+from flows.caching import failed, finished, stopped
 from flows.live import by_level, live_progress
 from pipelines.artifacts import Artifact, Store
 from pipelines.pipeline import Node
@@ -30,10 +32,12 @@ def task_of(node: Node, seconds: float | None = None) -> Task[..., Any]:
     def make(recipe: Recipe, store: Store, made: dict[str, Artifact]) -> State[Any]:
         logger = get_run_logger()
         try:
-            return finished(run_node(node, recipe, store, made, by_level(logger), live_progress(node.name, logger)))
+            return finished(run_node(node, recipe, store, made, by_level(logger), live_progress(node.name, logger), accelerator))
         except UserError as error:
             return failed(error)
         except OSError as error:
             return failed(from_os_error(error))
+        except TerminationSignal as signal:
+            return stopped(node.name, signal)
 
     return make

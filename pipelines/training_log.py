@@ -43,6 +43,9 @@ def relayed(work: Work, every: float = STEP_SECONDS) -> Iterator[Callable[[str],
                 held = message
                 return
             told, held = now, None
+        elif held and message.startswith(tuple(filter(None, _LEVELS.values()))):
+            work.log(held)  # where it stood when that happened
+            held = None
         work.log(message)
 
     try:
@@ -58,4 +61,4 @@ def message_of(line: str) -> str | None:
         return _LEVELS[ours[1]] + ours[2]
     if torchrun := _TORCHRUN.match(line):
         return _LEVELS[torchrun[1]] + torchrun[2]
-    return line if line.startswith("error: ") else None
+    return line if line.startswith(("error: ", "stopped ")) else None

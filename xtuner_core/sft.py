@@ -138,7 +138,7 @@ def _is_first() -> bool:
 
 
 def _report(work_dir: Path | None, error: UserError) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
+    print(error if isinstance(error, Interrupted) else f"error: {error}", file=sys.stderr, flush=True)
     # Any rank may be the only one to fail, on its own disk say; that it was told to stop is for the first to say.
     if work_dir is not None and (_is_first() or not isinstance(error, Interrupted)):
         try:
