@@ -7,7 +7,6 @@ without a parent is forgotten. HOME also holds Prefect's home with its database,
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
 import socket
@@ -33,11 +32,10 @@ from xtuner_core.durable import write_json
 from xtuner_core.errors import Interrupted, RecipeError, StorageError, UserError
 
 HOST, PORT = "127.0.0.1", 4200
-POOL = "local"
 MARK, AUTH = "XTUNER_SERVICE", "XTUNER_AUTH"
 PARTS = {
     "server": ("prefect", "server", "start", "--host", HOST),
-    "worker": ("prefect", "worker", "start", "--pool", POOL, "--type", "process", "--name", "xtuner"),
+    "worker": ("prefect", "worker", "start", "--pool", "local", "--type", "process", "--name", "xtuner"),
     "watch": ("flows.watch",),
 }
 """In the order in which they start: name → module and arguments."""
@@ -86,15 +84,18 @@ def up(home: Path, store: Path, recipe: str, port: int | None = None, auth: str 
         RecipeError: unknown recipe, a port that another program has, or another port or password than those of the running server.
         StorageError: a part did not start; the message ends with the end of its log.
     """
+    from flows.furnishing import deploy, furnish  # Prefect takes a second to import, which `down` and `status` need not wait
+
     load_recipe(recipe)
     absolute = recipe if recipe in shipped_names() else str(recipe_file(recipe).resolve())
     with _locked(home):
         service = _settle(home, read(home), port, auth)
         service = replace(service, store=store.resolve(), recipe=absolute)
+        _write(service)
         service = _start(service, "server")
         _wait_until_healthy(service)
-        asyncio.run(_furnish(service))
-        _deploy(service)
+        furnish(service.api, service.auth)
+        deploy(_environment(service), home / "deploy.log")
         for part in ("worker", *(["watch"] if find_spec("flows.watch") else [])):
             service = _start(service, part)
         return service
@@ -149,6 +150,7 @@ def _start(service: Service, part: str) -> Service:
         return service
     module, *arguments = PARTS[part]
     port = ["--port", str(service.port)] if part == "server" else []
+    password = {"PREFECT_SERVER_API_AUTH_STRING": service.auth} if part == "server" and service.auth else {}
     with open(service.home / f"{part}.log", "ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments, *port],
@@ -156,7 +158,7 @@ def _start(service: Service, part: str) -> Service:
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=PROJECT,
-            env=_environment(service),
+            env=_environment(service) | password,
             start_new_session=True,
             preexec_fn=_usual_signals,
         )
@@ -175,16 +177,13 @@ def _usual_signals() -> None:
 def _environment(service: Service) -> dict[str, str]:
     """Of every part, and so of every flow run; the user's own settings win where they do no harm."""
     inherited = {name: value for name, value in os.environ.items() if name not in (AUTH, "MAKEFLAGS", "MAKEOVERRIDES", "PREFECT_PROFILE")}
-    password = {"PREFECT_SERVER_API_AUTH_STRING": service.auth} if service.auth else {}
     return {
-        "PREFECT_WORKER_QUERY_SECONDS": "2",
-        "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
         **inherited,
         **service.environment,
-        **password,
         "PREFECT_HOME": str(service.home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "DO_NOT_TRACK": "1",
+        "PREFECT_PLUGINS_ENABLED": "false",
         "PYTHONPATH": os.pathsep.join([str(PROJECT), *filter(None, [os.environ.get("PYTHONPATH")])]),
         "XTUNER_STORE": str(service.store),
         "XTUNER_RECIPE": service.recipe,
@@ -219,32 +218,6 @@ def _is_healthy(service: Service) -> bool:
             return answer.status == 200
     except OSError:
         return False
-
-
-async def _furnish(service: Service) -> None:
-    """The work pool and the limits that runs count on."""
-    from prefect.client.orchestration import PrefectClient
-    from prefect.client.schemas.actions import WorkPoolCreate
-    from prefect.exceptions import ObjectAlreadyExists
-    from prefect.workers.process import ProcessWorker
-
-    async with PrefectClient(service.api, auth_string=service.auth) as client:
-        try:
-            template = ProcessWorker.get_default_base_job_template()
-            await client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
-        except ObjectAlreadyExists:
-            pass
-        await client.upsert_global_concurrency_limit_by_name("accelerator", 1)
-
-
-def _deploy(service: Service) -> None:
-    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    done = subprocess.run(command, cwd=PROJECT, env=_environment(service), capture_output=True, text=True, check=False)
-    (service.home / "deploy.log").write_text(done.stdout + done.stderr, encoding="utf-8")
-    if done.returncode:
-        raise StorageError(
-            f"prefect.yaml could not be deployed. The end of {service.home / 'deploy.log'}:\n{tail(service.home / 'deploy.log')}"
-        )
 
 
 def down(home: Path) -> list[str]:

@@ -20,7 +20,7 @@ import os
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from functools import cache, cached_property
@@ -165,24 +165,26 @@ class Store:
         log: Log,
         progress: Progress = untold,
         foretell: Callable[[], Mapping[str, Any]] = dict,
+        making: Callable[[Stage], AbstractContextManager[None]] = nullcontext,
     ) -> Result:
         """Lock, look up, and if need be run the stage and publish its artifact; it is in use as long as the result lives.
 
-        `foretell` says before the stage runs what it will take; the manifest keeps it.
+        `foretell` says before the stage runs what it will take; the manifest keeps it. It runs inside of `making(stage)`.
         Two callers with one key: the second waits and then finds the first one's artifact. The lock is the kernel's (flock),
         so it ends with its holder, however that dies.
         """
         started = time.monotonic()
         ingredients = self.ingredients(stage, recipe, inputs)
         key = key_of(ingredients)
-        with self._locked(f"{stage.name}-{key}", log):
+        with self.locked(f"{stage.name}-{key}", log):
             try:
                 if found := self.find(stage.name, key, self.full):
                     return Result(replace(found, hold=Hold(found.path)), True, time.monotonic() - started)
             except Damaged as damage:
                 log(f"{stage.name}: artifact {key} is damaged ({damage}); it is set aside and rebuilt")
                 self._set_aside(stage.name, key)
-            artifact = self._run(stage, recipe, inputs, key, ingredients, log, progress, foretell())
+            with making(stage):
+                artifact = self._run(stage, recipe, inputs, key, ingredients, log, progress, foretell())
             remove(self.root / ".damaged" / f"{stage.name}-{key}")
             return Result(artifact, False, time.monotonic() - started)
 
@@ -212,7 +214,8 @@ class Store:
             return {}
 
     @contextmanager
-    def _locked(self, name: str, log: Log) -> Iterator[None]:
+    def locked(self, name: str, log: Log) -> Iterator[None]:
+        """Nobody else makes, looks up or cleans up the artifact `stage-key` meanwhile."""
         folder = self.root / ".locks"
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{name}.lock")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 
 from safetensors import SafetensorError
 
@@ -10,7 +11,7 @@ from pipelines.artifacts import Artifact, Result, Store
 from pipelines.forecast import expected
 from pipelines.pipeline import Node, check_stages, needed_for
 from pipelines.recipe import Recipe
-from pipelines.stage import Progress, untold
+from pipelines.stage import Progress, Stage, untold
 from xtuner_core.errors import Interrupted, StorageError
 
 
@@ -28,9 +29,15 @@ def run_until(name: str, recipe: Recipe, store: Store, say: Callable[[str], None
 
 
 def run_node(
-    node: Node, recipe: Recipe, store: Store, made: dict[str, Artifact], log: Callable[[str], None], progress: Progress = untold
+    node: Node,
+    recipe: Recipe,
+    store: Store,
+    made: dict[str, Artifact],
+    log: Callable[[str], None],
+    progress: Progress = untold,
+    making: Callable[[Stage], AbstractContextManager[None]] = nullcontext,
 ) -> Result:
-    """One node, its inputs being made already.
+    """One node, its inputs being made already; inside of `making(stage)` unless it is in the store.
 
     Raises:
         Interrupted: Ctrl-C or SIGTERM; what is finished is kept.
@@ -38,7 +45,7 @@ def run_node(
     """
     inputs = {name: made[source] for name, source in node.inputs.items()}
     try:
-        return store.produce(node.stage, recipe, inputs, log, progress, lambda: expected(node, recipe, store, made))
+        return store.produce(node.stage, recipe, inputs, log, progress, lambda: expected(node, recipe, store, made), making)
     except KeyboardInterrupt:
         raise Interrupted(f"interrupted in {node.name}; finished stages are kept, run the same command again to continue.") from None
     except (SafetensorError, OSError) as error:
