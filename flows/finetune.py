@@ -21,6 +21,7 @@ from flows.caching import ended_in, failed
 from flows.cluster import fill_cache, require_runner
 from flows.labels import label, run_name
 from flows.parameters import DEMO, AskedRecipe, Trigger
+from flows.promoting import conclude, found_again, made_before
 from flows.reporting.board import Board, board
 from flows.reporting.summary import faults, summarize, table
 from flows.tasks import task_of
@@ -52,19 +53,23 @@ def finetune_flow(
         today = recipe_of_today(recipe, changes, home)
         check(today)
         require_runner(today)
+        earlier = made_before(home)
     except UserError as error:
         return failed(error)
     label(today, trigger)
     # Owner "retrain": a run that nobody asked for by hand ends here if there is nothing new to learn.
     with board(today) as shown:
-        results, ended = run_stages(today, home, shown)
+        results, ended = found_again(earlier, home) if earlier else run_stages(today, home, shown)
     if ended:
         return ended
     summary = summarize(today, results)
-    # Owner "promotion": gate, approval, promotion.
+    try:
+        told = conclude(today, home, results, summary, faults(summary))
+    except UserError as error:
+        return failed(error)
     if not summary["ok"]:
         return Failed(message=f"the model was made, but {faults(summary)}.", data=(summary, table(results)))
-    return Completed(message="all stages are whole", data=(summary, table(results)))
+    return Completed(message=f"all stages are whole; {told}", data=(summary, table(results)))
 
 
 def run_stages(recipe: Recipe, store: Store, shown: Board) -> tuple[dict[str, Result], State[Any] | None]:
@@ -113,7 +118,7 @@ def run(
     if not summary["ok"]:
         print(f"error: {state.message}", file=sys.stderr)
         return DataError.exit_code
-    print(f"Talk to it: xtuner chat {_model(summary)}")
+    print(f"{state.message}\nTalk to it: xtuner chat {_model(summary)}")
     return 0
 
 

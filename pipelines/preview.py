@@ -9,6 +9,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from operator import itemgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,7 +145,7 @@ def documents_of(prepared: Prepared, place: str) -> list[int]:
     index = _file_index(prepared, name)
     found = np.flatnonzero(np.asarray(prepared.lines[index]) == int(line)) + prepared.starts[index]
     if not len(found):
-        raise RecipeError(f"{short(prepared.files[index])}:{line}: no sample came from this line: {_why_not(prepared, index, int(line))}.")
+        raise RecipeError(f"{short(prepared.files[index])}:{line}: no sample came from this line: {why_not(prepared, index, int(line))}.")
     return found.tolist()
 
 
@@ -157,20 +158,28 @@ def _file_index(prepared: Prepared, name: str) -> int:
     return found[0]
 
 
-def _why_not(prepared: Prepared, index: int, line: int) -> str:
+def why_not(prepared: Prepared, index: int, line: int) -> str:
+    """What became of a line that became no document."""
     shard = prepared.dataset.shards[index].folder
     for entry in rejected_rows(shard):
         if entry["line"] == line:
             return f"rejected, {visible(entry['reason'])}"
-    lines = json.loads((shard / "tally.json").read_text(encoding="utf-8"))["lines"]
-    return f"the file has {lines} lines" if not 1 <= line <= lines else "it is blank, dropped as too long, or kept for later use"
+    tally = json.loads((shard / "tally.json").read_text(encoding="utf-8"))
+    if not 1 <= line <= tally["lines"]:
+        return f"the file has {tally['lines']} lines"
+    if line in map(itemgetter("line"), _rows(shard / "kept.jsonl")):
+        return "it is a preference pair or a prompt, kept for later use"
+    return " or ".join(reason for reason, count in (("it is blank", tally["blank"]), ("it was dropped as too long", tally["dropped"])) if count)
 
 
 def rejected_rows(shard: Path) -> Iterator[dict[str, Any]]:
     """`line`, `byte_offset` and `reason` of every rejected line of a shard."""
-    with open(shard / "rejected.jsonl", encoding="utf-8") as stream:
-        for row in stream:
-            yield json.loads(row)
+    return _rows(shard / "rejected.jsonl")
+
+
+def _rows(file: Path) -> Iterator[dict[str, Any]]:
+    with open(file, encoding="utf-8") as stream:
+        yield from map(json.loads, stream)
 
 
 def _spans(tokenizer: ChatTokenizer, ids: list[int], loss: list[bool], boundaries: bool) -> Iterator[Span]:

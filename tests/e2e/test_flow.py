@@ -145,7 +145,10 @@ def stage(run: Run, name: str) -> Artifact:
 
 def test_the_first_run_makes_every_stage(first: Run, store: Store) -> None:
     assert first.names == dict.fromkeys(NODES, "Completed")
-    assert (first.state.type.value, first.state.message) == ("COMPLETED", "all stages are whole")
+    assert (first.state.type.value, first.state.message) == (
+        "COMPLETED",
+        f"all stages are whole; {TINY}@1 is a candidate version: xtuner promote {TINY}@1 --why ...",
+    )
     assert [entry["state"] for entry in first.summary["stages"]] == ["ran"] * 5
     assert len(whole(store)) == len(NODES)
     assert all(str(store.root) in state.message for state in first.tasks.values())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -25,6 +26,15 @@ def packs_of_step(dataset: PackedDataset, step: int, global_batch_size: int, see
     positions = range(step * global_batch_size, (step + 1) * global_batch_size)
     places = (divmod(position, len(dataset)) for position in positions)
     return [int(_epoch_order(dataset, epoch, global_batch_size, seed)[place]) for epoch, place in places]
+
+
+def steps_of_packs(dataset: PackedDataset, packs: Sequence[int], steps: int, global_batch_size: int, seed: int) -> list[int]:
+    """`packs_of_step` read the other way: which of the first `steps` steps (from 0) train on one of these packs."""
+    found: set[int] = set()
+    for epoch in range(-(-steps * global_batch_size // len(dataset))):
+        places = np.flatnonzero(np.isin(_epoch_order(dataset, epoch, global_batch_size, seed), packs))
+        found.update(((epoch * len(dataset) + places) // global_batch_size).tolist())
+    return sorted(step for step in found if step < steps)
 
 
 @lru_cache(maxsize=2)

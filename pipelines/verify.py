@@ -1,0 +1,71 @@
+"""Is a model what its manifests say: every byte of the chain is hashed again, and every link of it compared with what it leads to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipelines.artifacts import Damaged, Store
+from pipelines.lineage import Chain, Step, id_of, place_in, read_manifest
+from xtuner_core.digest import sha256
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What is wrong with a step; `broken`: the chain proves nothing beyond it, else only worth knowing."""
+
+    where: str
+    what: str
+    broken: bool = True
+
+
+def verify(chain: Chain) -> Iterator[tuple[Step, list[Finding]]]:
+    """Hash everything again, step by step from the inputs on; what each step's own files, its links and its input files tell."""
+    known = {step.id: step for step in chain.steps}
+    for step in chain.steps:
+        findings = list(_own(chain.store, step))
+        yield step, findings if any(one.broken for one in findings) else [*findings, *_links(step, known), *_files(chain.store, step)]
+
+
+def _own(store: Store, step: Step) -> Iterator[Finding]:
+    """Are the files those of the manifest, and is it that of the name."""
+    if step.path is None:
+        yield Finding(step.id, "is gone" + (", only its manifest was kept" if step.manifest else ""))
+        return
+    try:
+        store.find(step.path.parent.name, step.path.name, full=True)
+    except Damaged as damage:
+        yield Finding(str(step.path), str(damage))
+        return
+    if step.manifest["payload_digest"] != step.reference["payload_digest"]:
+        yield Finding(str(step.path), f"its payload is {step.manifest['payload_digest']}, and was {step.reference['payload_digest']}")
+    if step.path.name != step.reference["key"]:
+        yield Finding(step.id, f"is gone; {step.path} has the same bytes", broken=False)
+
+
+def _links(step: Step, known: Mapping[str, Step]) -> Iterator[Finding]:
+    """Do its ingredients name what lies there."""
+    ingredients, where = step.manifest["ingredients"], f"{step.path}/manifest.json"
+    if ingredients["stage"] != step.reference["stage"] or step.manifest["stage"] != step.reference["stage"]:
+        yield Finding(where, f"it is of stage {ingredients['stage']}")
+    if ingredients["inputs"] != {name: one["payload_digest"] for name, one in step.manifest["inputs"].items()}:
+        yield Finding(where, "its inputs are not those of its ingredients")
+    if ingredients["files"] != [one["sha256"] for one in step.manifest["input_files"]]:
+        yield Finding(where, "its input files are not those of its ingredients")
+    for name, one in step.manifest["inputs"].items():
+        there = known[id_of(one)].manifest.get("payload_digest")
+        if there != one["payload_digest"]:
+            yield Finding(where, f"was made of {name} {one['payload_digest']}, and {id_of(one)} is {there}")
+
+
+def _files(store: Store, step: Step) -> Iterator[Finding]:
+    """Input files that are gone or changed since; those in the store are steps of their own."""
+    for one in step.manifest["input_files"]:
+        if place := place_in(store, one["path"]):
+            if one["sha256"] not in {file["sha256"] for file in read_manifest(place / "manifest.json")["files"]}:
+                yield Finding(f"{step.path}/manifest.json", f"was made of {one['path']}, which has other bytes now")
+        elif not Path(one["path"]).is_file():
+            yield Finding(one["path"], "is not there any more", broken=False)
+        elif sha256(Path(one["path"])) != one["sha256"]:
+            yield Finding(one["path"], f"has changed since {step.node} read it (was sha256 {one['sha256']})", broken=False)
