@@ -38,7 +38,7 @@ def failed_runs(client: SyncPrefectClient, since: datetime) -> dict[str, str]:
         end_time=FlowRunFilterEndTime(after_=_moment(since)),
         parent_task_run_id=FlowRunFilterParentTaskRunId(is_null_=True),
     )
-    return {f"run {run.id} {run.run_count}": _told(run) for run in client.read_flow_runs(flow_run_filter=chosen)}
+    return {f"run {run.id}": _told(run) for run in client.read_flow_runs(flow_run_filter=chosen)}
 
 
 def mended(client: SyncPrefectClient, causes: Iterable[str]) -> Iterator[str]:

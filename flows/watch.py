@@ -111,7 +111,10 @@ def step(home: Path, watch: Watch, late: float, patience: Mapping[str, float]) -
         away = {"server": f"Prefect's server does not answer ({type(error).__name__})"}
         after, changes = compare(watch, watch.open | away, now, patience)
         after = tell(home, after, changes, now)
-    after = replace(after, unsent=deliver(home, after.unsent))
+    left = deliver(home, after.unsent)
+    if left and not watch.unsent:
+        print("the webhook did not take an alert; it is tried again with every look", flush=True)
+    after = replace(after, unsent=left)
     if replace(after, since=watch.since) != watch or not (home / "watch.json").exists():
         write_json(home / "watch.json", asdict(after))
     return after
@@ -137,9 +140,9 @@ def summary(watch: Watch) -> str:
 
 
 def page(home: Path, watch: Watch) -> str:
-    """The artifact: what is open, then the log, newest first."""
+    """The artifact: what is open, then the log, both newest first."""
     lines = (home / "alerts.log").read_text(encoding="utf-8").splitlines()[: -SHOWN - 1 : -1]
-    opened = "\n".join(f"- **{plain(text)}**" for text in watch.open.values()) or "Nothing: all is well."
+    opened = "\n".join(f"- **{plain(text)}**" for text in reversed(watch.open.values())) or "Nothing: all is well."
     log = "\n".join(f"| {at} | {state} | {plain(text)} |" for at, state, text in (line.split(maxsplit=2) for line in lines))
     return f"# Alerts\n\n## Open\n\n{opened}\n\n## Log, newest first\n\n| time (UTC) | | what |\n|---|---|---|\n{log}\n"
 
@@ -152,8 +155,7 @@ def deliver(home: Path, bodies: Sequence[dict[str, str]]) -> list[dict[str, str]
     for number, body in enumerate(bodies):
         try:
             httpx.post(address, json=body, timeout=10).raise_for_status()
-        except (httpx.HTTPError, httpx.InvalidURL) as error:  # its message would name the address
-            print(f"the webhook did not take an alert ({type(error).__name__}); it is tried again", flush=True)
+        except (httpx.HTTPError, httpx.InvalidURL):  # the message would name the address
             return list(bodies[number:])
     return []
 

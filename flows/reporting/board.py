@@ -21,7 +21,7 @@ from uuid import UUID
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.events import emit_event
-from prefect.logging import get_run_logger
+from prefect.logging import get_logger
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
@@ -31,6 +31,7 @@ from pipelines.artifacts import Result
 from pipelines.promotion import model_name
 from pipelines.recipe import Recipe
 
+log = get_logger("reporting")
 KEYS = {"prepare": "data", "train": "training", "verdict": "scores", "chat": "answers"}
 """Node → end of the key of its artifact."""
 REQUEST_SECONDS, RETRIES, LAST_SECONDS = 10, 2, 10
@@ -89,7 +90,7 @@ class Board:
                     wanted = ArtifactCreate(key=key, type=kind, data=data, description=self.recipe.name, flow_run_id=self.run)
                     self.ids[what] = client.create_artifact(wanted).id
         except Exception as error:  # whatever it is, it must not cost a training
-            get_run_logger().warning("the artifact %s could not be shown: %r", what, error)
+            log.warning("the artifact %s could not be shown: %r", what, error)
 
 
 @contextmanager

@@ -34,3 +34,26 @@ def test_the_data_section_says_what_the_data_report_found(prepare_place: Callabl
     assert told[1].endswith(" near copies of earlier samples")
     assert told[2] == "- of 16 questions in heldout.jsonl, 0 stand in the data as a whole"
     assert told[-1] == f"- report: `{tmp_path / 'record' / 'report.html'}`"
+
+
+def test_an_api_that_is_away_and_a_page_that_cannot_be_made_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+    from uuid import uuid4
+
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    from flows.reporting import board
+
+    monkeypatch.setattr(board, "RETRIES", 0)
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}), ThreadPoolExecutor(1) as sender:
+        shown = board.Board(load_recipe("qwen3_tiny_full_openai"), uuid4(), sender)
+        shown._show("stages", "table", list)
+        shown._show("report", "markdown", lambda: 1 / 0)
+    assert [sent.exception() for sent in shown.unsent.values()] == [None, None]
+    assert shown.ids == {}
+
+
+def test_keys_take_small_letters_digits_and_dashes() -> None:
+    from flows.reporting.board import slug
+
+    assert slug("Qwen3_tiny.v2--Ä 1") == "qwen3-tiny-v2-1"
