@@ -13,7 +13,7 @@ from typing import Annotated
 
 from cyclopts import App, CycloptsError, Parameter
 
-from pipelines.commands import chat, convert, environments, serve, service
+from pipelines.commands import cache, chat, convert, environments, lineage, models, serve, service
 from pipelines.commands.recipe_options import DEFAULT_STORE, STAGES, Overrides, RecipeName, StoreDir, run_stage
 from xtuner_core.errors import BUG, RecipeError, UserError, from_os_error
 
@@ -35,10 +35,12 @@ app = App(
     version=_version,
     version_flags=["--version"],
 )
-for commands in (convert.app, chat.app, serve.app, environments.app):
+for commands in (convert.app, chat.app, serve.app, environments.app, cache.app):
     app.command(commands)
 for command in (service.up, service.down, service.status):
     app.command(command, group=service.SERVICE)
+for group in (models, lineage):
+    group.add_to(app)
 
 _PREFECT_DEFAULTS = {
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
@@ -186,24 +188,6 @@ def preview(
     )
     data = open_prepared(prepared.payload, prepared.record, base.payload / "model")
     show(data, documents_of(data, line) if line else choose(data, count, seed, validation), tokens)
-
-
-@app.command
-def verify(*, store: StoreDir = DEFAULT_STORE) -> None:
-    """Re-hash every artifact of a store; exit code 65 if one is damaged."""
-    from pipelines.artifacts import Damaged, Store
-    from xtuner_core.errors import DataError
-
-    whole, damaged = 0, []
-    for folder in Store(store).folders():
-        try:
-            Store(store).find(folder.parent.name, folder.name, full=True)
-            whole += 1
-        except Damaged as damage:
-            damaged.append(f"{folder}: {damage}")
-    print(f"{whole} artifacts are whole")
-    if damaged:
-        raise DataError("\n".join(damaged) + "\nThe next run that needs them rebuilds them.")
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:

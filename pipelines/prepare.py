@@ -22,9 +22,10 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     """
     model_dir = work.inputs["base"] / "model"
     steps = plan(recipe, model_dir, work.log)
-    if shards.tokenize(steps.jobs, work.cache, recipe.data.workers, work.log) and recipe.data.runner != "local":
-        work.log(f"tokenized on this machine: only `xtuner run` and deployments use data.runner {recipe.data.runner}")
-    metrics = write_data(steps, recipe.data, recipe.seed, work.cache, work.payload, work.record / "rejected.jsonl")
+    with shards.in_use(work.cache):
+        if shards.tokenize(steps.jobs, work.cache, recipe.data.workers, work.log) and recipe.data.runner != "local":
+            work.log(f"tokenized on this machine: only `xtuner run` and deployments use data.runner {recipe.data.runner}")
+        metrics = write_data(steps, recipe.data, recipe.seed, work.cache, work.payload, work.record / "rejected.jsonl")
     write_report(work.payload, work.record, model_dir, [one.file for one in steps.inputs], recipe, metrics)
     work.log(told(metrics))
     return metrics

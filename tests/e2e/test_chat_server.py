@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -49,6 +50,12 @@ def _servers() -> list[psutil.Process]:
     return [one for one in psutil.Process().children(recursive=True) if _serves(one)]
 
 
+@pytest.fixture
+def others() -> list[psutil.Process]:
+    """The servers that were there before the test."""
+    return _servers()
+
+
 def _serves(process: psutil.Process) -> bool:
     try:
         return process.status() != psutil.STATUS_ZOMBIE and {"transformers.cli.transformers", "serve"} <= set(process.cmdline())
@@ -57,13 +64,13 @@ def _serves(process: psutil.Process) -> bool:
 
 
 def test_right_answers_pass_the_same_way_each_time_and_the_server_goes(
-    learned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    learned: Path, tmp_path: Path, others: list[psutil.Process], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # nobody listens there: loopback must be reached without it
     strict = ("chat.must_stop=true", "chat.min_correct=1.0")
     metrics, work, _ = _run(learned, tmp_path / "one", PARCEL, REFUND, settings=strict)
     assert (metrics["passed"], metrics["total"], metrics["ok"], metrics["why"]) == (2, 2, True, [])
-    assert not _servers()
+    assert _servers() == others
     written = json.loads((work.payload / "chat.json").read_text())
     assert [(row["answer"], row["finish"], row["correct"]) for row in written["answers"]] == [
         ("shipping desk", "stop", True),
@@ -80,8 +87,15 @@ def test_right_answers_pass_the_same_way_each_time_and_the_server_goes(
     assert (again.payload / "chat.json").read_bytes() == (work.payload / "chat.json").read_bytes()
 
 
-def test_a_failed_verdict_is_a_result_not_an_error(learned: Path, tmp_path: Path) -> None:
-    settings = ("chat.must_stop=true", "chat.min_correct=0.5", "chat.max_tokens=13")  # "shipping desk" has 13 bytes: its end comes too late
+@pytest.fixture(scope="module")
+def running(learned: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """The settings that ask a server which runs already."""
+    with serve(Request(learned / "model"), tmp_path_factory.mktemp("server") / "log", print) as endpoint:
+        yield ("chat.chatter=openai", f"chat.url={endpoint.base_url}#{endpoint.model}")
+
+
+def test_a_failed_verdict_is_a_result_not_an_error(learned: Path, tmp_path: Path, running: tuple[str, str]) -> None:
+    settings = (*running, "chat.must_stop=true", "chat.min_correct=0.5", "chat.max_tokens=13")  # "shipping desk" has 13 bytes: its end comes too late
     metrics, work, lines = _run(learned, tmp_path / "out", MISTAKEN, REFUND, PARCEL, settings=settings)
     assert (metrics["passed"], metrics["total"], metrics["ok"]) == (2, 3, False)
     assert metrics["why"] == ["2 of 3 answers did not end by themselves within 13 tokens"]
@@ -89,10 +103,12 @@ def test_a_failed_verdict_is_a_result_not_an_error(learned: Path, tmp_path: Path
     assert "2 of 3 answers are right" in lines[-1]
 
 
-def test_each_smoke_prompt_that_fails_is_named_and_lateness_is_no_part_of_the_payload(learned: Path, tmp_path: Path) -> None:
+def test_each_smoke_prompt_that_fails_is_named_and_lateness_is_no_part_of_the_payload(
+    learned: Path, tmp_path: Path, running: tuple[str, str]
+) -> None:
     smoke = tmp_path / "smoke.yaml"
     smoke.write_text(SMOKE)
-    metrics, work, lines = _run(learned, tmp_path / "out", PARCEL, settings=(f"chat.smoke={smoke}", "chat.count=1"))
+    metrics, work, lines = _run(learned, tmp_path / "out", PARCEL, settings=(*running, f"chat.smoke={smoke}", "chat.count=1"))
     failed = ["smoke prompt lost is not 'shipping desk'", "smoke prompt late did not end by itself within 4 tokens"]
     assert [reason.partition(" took ")[0] for reason in metrics["why"]] == [*failed, "smoke prompt late"]
     assert (metrics["smoke_passed"], metrics["smoke_total"], metrics["passed"], metrics["ok"]) == (1, 3, 1, False)
@@ -103,16 +119,16 @@ def test_each_smoke_prompt_that_fails_is_named_and_lateness_is_no_part_of_the_pa
     assert "chat: 1 of 3 smoke prompts pass, 1 of 1 answers are right, first token after" in lines[-1]
 
 
-def test_a_server_that_cannot_load_the_model_is_a_readable_error(learned: Path, tmp_path: Path) -> None:
+def test_a_server_that_cannot_load_the_model_is_a_readable_error(learned: Path, tmp_path: Path, others: list[psutil.Process]) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(learned, broken)
     (broken / "model" / "model.safetensors").write_bytes(b"not weights")
     with pytest.raises(UserError, match=r"(?s)ended with status 1 before it answered.*[Ss]afetensor"):
         _run(broken, tmp_path / "out", PARCEL)
-    assert not _servers()
+    assert _servers() == others
 
 
-def test_a_server_that_dies_between_two_questions_is_a_readable_error(learned: Path, tmp_path: Path) -> None:
+def test_a_server_that_dies_between_two_questions_is_a_readable_error(learned: Path, tmp_path: Path, others: list[psutil.Process]) -> None:
     model = learned / "model"
     log = tmp_path / "server.log"
     with (
@@ -122,7 +138,7 @@ def test_a_server_that_dies_between_two_questions_is_a_readable_error(learned: P
     ):
         question = {"model": endpoint.model, "messages": PARCEL[:1], "max_tokens": 20, "temperature": 0}
         assert ask(openai, question, model).text == "shipping desk"
-        for process in _servers():
+        for process in set(_servers()) - set(others):
             process.kill()
         ask(openai, question, model)
-    assert not _servers()
+    assert _servers() == others

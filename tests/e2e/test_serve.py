@@ -16,6 +16,7 @@ import psutil
 import pytest
 
 from pipelines.chatters._server import usable_port
+from pipelines.cli import main
 from pipelines.recipe import PROJECT
 
 pytestmark = pytest.mark.slow
@@ -100,15 +101,16 @@ def test_a_server_that_ends_is_told(tiny_model_folder: Path, tmp_path: Path) -> 
         assert "the chat server has ended" in process.stdout.read()
 
 
-def test_what_is_no_model_or_no_way_to_serve_is_told_at_once(tiny_model_folder: Path, tmp_path: Path) -> None:
-    def told(*arguments: str) -> tuple[int, str]:
-        command = [sys.executable, "-m", "pipelines.cli", "serve", *arguments]
-        env = {name: value for name, value in os.environ.items() if name != "XTUNER_TOKEN"}
-        done = subprocess.run(command, cwd=PROJECT, env=env, capture_output=True, text=True, check=False, timeout=60)
-        return done.returncode, done.stderr
+def test_what_is_no_model_or_no_way_to_serve_is_told_at_once(
+    tiny_model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("XTUNER_TOKEN", raising=False)
 
-    assert told(str(tmp_path))[0] == 78
-    assert "not a model folder" in told(str(tmp_path))[1]
+    def told(*arguments: str) -> tuple[int, str]:
+        return main(["serve", *arguments]), capsys.readouterr().err
+
+    code, error = told(str(tmp_path))
+    assert code == 78 and "not a model folder" in error
     assert "needs a token" in told(str(tmp_path), "--host", "0.0.0.0")[1], "before the model, which may take minutes to merge"
     assert "cannot be used" in told(str(tmp_path), "--port", "99999")[1]
     assert "a server that runs already" in told(str(tiny_model_folder), "--chatter", "openai")[1]

@@ -7,6 +7,7 @@ CACHE/.locks/<key>    held by its maker; the kernel's lock (flock), so it ends w
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
@@ -105,7 +106,7 @@ def tokenize(jobs: Sequence[Job], cache: Path, processes: int | None, log: Log) 
     if not missing:
         return 0
     started, total = time.monotonic(), sum(job.file.stat().st_size for job in missing)
-    _sweep(cache)
+    sweep(cache)
     with progress("tokenizing", total, log) as advance:
         _make_all(missing, cache, 1 if total <= PART_BYTES else processes or _cores(), advance, log)
     seconds = time.monotonic() - started
@@ -150,9 +151,24 @@ def read_tally(cache: Path, job: Job) -> Tally:
     return shard.read_tally(cache / job.key)
 
 
+@contextmanager
+def in_use(cache: Path) -> Iterator[None]:
+    """No shard is cleaned up meanwhile: whoever does that locks the folder (the kernel's lock, which ends with its holder)."""
+    cache.mkdir(parents=True, exist_ok=True)
+    handle = os.open(cache, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(handle)
+
+
 def link(cache: Path, job: Job, target: Path) -> None:
-    """Give the shard's files a second name below `target`, so that they outlive the cache; copied where links are not possible."""
+    """Give the shard's files a second name below `target`, so that they outlive the cache; copied where links are not possible. The
+    shard's own modification time tells when it was used last.
+    """
     target.mkdir(parents=True)
+    os.utime(cache / job.key)
     for file in sorted((cache / job.key).iterdir()):
         if file.name != SEAL:
             try:
@@ -274,7 +290,7 @@ def _try(lock: FileLock) -> bool:
     return True
 
 
-def _sweep(cache: Path) -> None:
+def sweep(cache: Path) -> None:
     """Remove what makers left behind that were killed: nobody holds its lock."""
     for folder in (cache / ".work").glob("*"):
         lock = _lock(cache, folder.name.partition("-")[0])

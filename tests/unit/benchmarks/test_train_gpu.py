@@ -49,6 +49,12 @@ def test_settings_of_every_row_are_the_engine_s_and_fit_the_memory(train_gpu: Mo
             assert config.train.compile and told.total < gib * GIB, (row.name, told.told())
 
 
+def test_a_side_that_ran_twice_is_told_by_its_mean(train_gpu: ModuleType) -> None:
+    runs = [{"tokens_per_second": speed, "steps": 2, "peak_memory": speed, "losses": [speed]} for speed in (10.0, 30.0)]
+    told = train_gpu.summary([*runs, {"failed": "out of memory"}], 1.0, {})
+    assert (told["tokens_per_second"], told["runs"], told["peak_memory"], told["losses"]) == (20.0, [10.0, 30.0], 30.0, [10.0])
+
+
 @pytest.mark.slow
 def test_the_dry_run_measures_both_sides_and_survives_a_row_that_is_too_large(tmp_path: Path) -> None:
     output = tmp_path / "result.json"
@@ -61,7 +67,7 @@ def test_the_dry_run_measures_both_sides_and_survives_a_row_that_is_too_large(tm
     rows = result["rows"]
     assert rows["qwen3-tiny too large full"]["sides"] == {"ours": {"failed": "out of memory"}}
     sides = rows["qwen3-tiny full"]["sides"]
-    assert (len(sides["ours"]["runs"]), len(sides["flattened"]["runs"])) == (2, 1)
+    assert (len(sides["ours"]["runs"]), len(sides["flattened"]["runs"])) == (1, 1)
     assert sides["ours"]["losses"] == pytest.approx(sides["flattened"]["losses"], rel=0.005)  # same weights, tokens, order and update
     assert rows["qwen3-tiny lora"]["sides"]["padded"]["tokens_per_second"] > 0
     assert "out of memory" in done.stdout

@@ -47,7 +47,14 @@ def _versions(python: Path) -> str:
 def test_an_environment_has_the_pinned_versions_is_reused_and_a_half_made_one_is_rebuilt(
     tmp_path: Path, known: dict[str, Environment]
 ) -> None:
+    """Two ask for it at once: it is built once."""
     root, said = tmp_path / "environments", []
+    threads = [threading.Thread(target=ensure, args=("tiny", said.append), kwargs={"root": root, "known": known}) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sum("built in" in line for line in said) == 1
     python = ensure("tiny", said.append, root=root, known=known)
     assert _versions(python) == "1.0 1.0"
     assert [state.complete for state in list_environments(root, known)] == [True]
@@ -108,20 +115,11 @@ def test_the_first_package_can_come_from_a_source_of_its_own(
     assert _versions(python) == "1.0 1.0"
 
 
-def test_two_at_once_build_it_once(tmp_path: Path, known: dict[str, Environment]) -> None:
-    said: list[str] = []
-    threads = [threading.Thread(target=ensure, args=("tiny", said.append), kwargs={"root": tmp_path, "known": known}) for _ in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert sum("built in" in line for line in said) == 1
-    assert [state.complete for state in list_environments(tmp_path, known)] == [True]
-
-
-def test_a_damaged_environment_is_told_with_what_to_do(tmp_path: Path, known: dict[str, Environment]) -> None:
+def test_what_a_module_says_is_no_complaint_and_damage_is_told_with_what_to_do(tmp_path: Path, known: dict[str, Environment]) -> None:
     python = ensure("tiny", print, root=tmp_path, known=known)
     (packages,) = python.parents[1].glob("lib/*/site-packages")
+    (packages / "tool.py").write_text("print('welcome')")
+    assert check("tiny", tmp_path, known) == []
     (packages / "tool.py").write_text("import underlay, no_such_part")
     (packages / "underlay-1.0.dist-info" / "METADATA").write_text(
         "Metadata-Version: 2.1\nName: underlay\nVersion: 3.0\nRequires-Dist: gone\n"
@@ -137,13 +135,6 @@ def test_a_damaged_environment_is_told_with_what_to_do(tmp_path: Path, known: di
     assert "does not answer" in check("tiny", tmp_path, known)[0]
     python.chmod(0o755)
     assert "ended with status -11: without a word" in check("tiny", tmp_path, known)[0]
-
-
-def test_what_a_module_says_when_it_is_imported_is_no_complaint(tmp_path: Path, known: dict[str, Environment]) -> None:
-    python = ensure("tiny", print, root=tmp_path, known=known)
-    (packages,) = python.parents[1].glob("lib/*/site-packages")
-    (packages / "tool.py").write_text("print('welcome')")
-    assert check("tiny", tmp_path, known) == []
 
 
 def test_what_is_left_out_on_purpose_is_not_asked_for(tmp_path: Path, known: dict[str, Environment]) -> None:
