@@ -81,6 +81,8 @@ class Job:
 
     config: Path
     """The engine's settings; this file and all it names must be readable on every machine."""
+    log: Path
+    """Where the output goes."""
     processes: int
     launch: LaunchConfig = field(default_factory=LaunchConfig)
 

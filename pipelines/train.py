@@ -21,7 +21,7 @@ from xtuner_core.config import PROMPT_FILES, SftConfig, TrainConfig
 from xtuner_core.determinism import switches
 from xtuner_core.digest import library_version
 from xtuner_core.durable import remove, write_json
-from xtuner_core.errors import BUG, DataError, UserError, from_exit_code
+from xtuner_core.errors import BUG, DataError, Interrupted, UserError, from_exit_code
 
 GRACE_SECONDS = 25
 """Longer than the launcher's own shutdown, shorter than Prefect's 30 s."""
@@ -50,12 +50,13 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     outcome = work.scratch / "outcome.json"
     remove(outcome)
     log_file = work.record / "train.log"
-    job = Job(config_file, recipe.train.processes, recipe.launch)
-    work.log(f"{launcher.described(job)}; the whole log: {log_file}")
-    with relayed(work) as on_line, child(launcher.command(job), log_file, launcher.environment(job), GRACE_SECONDS) as running:
+    job = Job(config_file, log_file, recipe.train.processes, recipe.launch)
+    command = launcher.command(job)
+    work.log(f"the whole log: {log_file}; {launcher.described(job)}")
+    with relayed(work) as on_line, child(command, log_file, launcher.environment(job), GRACE_SECONDS) as running:
         status = follow(running, on_line)
     if status != 0:
-        raise _failure(outcome, status, log_file)
+        raise _failure(outcome, status, log_file, job.launch.nodes)
     remove(work.payload / "checkpoint")  # an attempt may have been killed just before it was published
     os.rename(work.scratch / "final", work.payload / "checkpoint")
     for name in WATCHED:
@@ -90,13 +91,15 @@ def start_files(recipe: Recipe) -> list[Path]:
     return files
 
 
-def _failure(outcome: Path, status: int, log_file: Path) -> UserError:
+def _failure(outcome: Path, status: int, log_file: Path, nodes: int) -> UserError:
     try:
         told = json.loads(outcome.read_text(encoding="utf-8"))
         return from_exit_code(told["code"], f"training: {told['message']}")
     except (OSError, ValueError, KeyError):
-        last = tail(log_file, 25)
-        return from_exit_code(BUG, f"training ended with status {status} and no outcome. The end of {log_file}:\n{last}")
+        told = f"training ended with status {status} and no outcome. The end of {log_file}:\n{tail(log_file, 25)}"
+        if nodes == 1:
+            return from_exit_code(BUG, told)
+        return Interrupted(f"{told}\nA machine was lost, or did not come in time; run the same command again to continue.")
 
 
 def _summary(record: Path) -> Metrics:

@@ -31,9 +31,8 @@ def check(launch: LaunchConfig) -> None:
     """RecipeError if hosts, rendezvous or ssh is missing."""
     require_rendezvous(launch, "ssh")
     if launch.nodes != 1 + len(launch.hosts):
-        raise RecipeError(
-            f"launcher ssh: launch.nodes is {launch.nodes}, which must be this machine and all {len(launch.hosts)} launch.hosts."
-        )
+        machines = 1 + len(launch.hosts)
+        raise RecipeError(f"launcher ssh: launch.nodes is {launch.nodes}, but this machine and launch.hosts are {machines}.")
     if shutil.which("ssh") is None:
         raise RecipeError("launcher ssh: this machine has no program ssh.")
 

@@ -154,8 +154,19 @@ def test_when(interval: int | None, batch: int, expected: list[int]) -> None:
     assert [step for step in range(26) if due(step, 25, 10, config)] == expected
 
 
+def launch(config: SftConfig) -> None:
+    file = config.work_dir / "config.json"
+    write_json(file, config.model_dump(mode="json"))
+    job = Job(file, config.work_dir / "log", config.train.processes)
+    environment = local.environment(job) | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(local.command(job), env=environment, capture_output=True, text=True, timeout=180, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 @pytest.mark.slow
-def test_two_processes_share_packs_that_do_not_come_out_even(tiny_model_folder: Path, validated_data: Path, tmp_path: Path) -> None:
+def test_two_processes_share_packs_that_do_not_come_out_even(
+    tiny_model_folder: Path, validated_data: Path, tmp_path: Path, world: World, stop: StopRequest
+) -> None:
     train = {"total_step": 2, "validation_interval": 1, "lr": 5e-3, "dtype": "fp32", "global_batch_size": 2}
     found = {}
     for processes in (1, 2):
@@ -163,12 +174,10 @@ def test_two_processes_share_packs_that_do_not_come_out_even(tiny_model_folder: 
         folder.mkdir()
         places = {"model_dir": tiny_model_folder, "data_dir": validated_data, "work_dir": folder}
         config = SftConfig.model_validate({**places, "train": {**train, "processes": processes}})
-        write_json(folder / "config.json", config.model_dump(mode="json"))
-        job = Job(folder / "config.json", processes)
-        environment = local.environment(job) | {"OMP_NUM_THREADS": "1"}
-        command = local.command(job)
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180, check=False)
-        assert done.returncode == 0, done.stderr[-3000:]
+        if processes == 1:
+            trainer.train(config, world, stop)
+        else:
+            launch(config)
         found[processes] = [(row["step"], row["learned_tokens"], row["validation_loss"]) for row in rows(folder)]
         assert train_stage._validation(folder) == {"validation_loss": rows(folder)[-1]["validation_loss"]}
     assert len(found[1]) == 2
