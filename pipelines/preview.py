@@ -169,7 +169,8 @@ def why_not(prepared: Prepared, index: int, line: int) -> str:
         return f"the file has {tally['lines']} lines"
     if line in map(itemgetter("line"), _rows(shard / "kept.jsonl")):
         return "it is a preference pair or a prompt, kept for later use"
-    return " or ".join(reason for reason, count in (("it is blank", tally["blank"]), ("it was dropped as too long", tally["dropped"])) if count)
+    ends = (("it is blank", tally["blank"]), ("it was dropped as too long", tally["dropped"]))
+    return " or ".join(reason for reason, count in ends if count)
 
 
 def rejected_rows(shard: Path) -> Iterator[dict[str, Any]]:
