@@ -52,7 +52,7 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
     """All that decides bytes beside the files' own: not where they lie, nor who tokenizes them."""
     data = recipe.data.model_dump(mode="json", exclude={"train", "format", "workers", "runner"})
     inputs = [
-        f"{'validation' if one.validation else 'train'} {shards.kind_of(one.file)} as {one.format} × {one.sample_ratio}"
+        f"{'validation' if one.validation else 'train'} {shards.kind_of(one.file)} as {one.format} × {one.sample_ratio}, draw {one.draw}"
         for one in inputs_of(recipe)
     ]
     if isinstance(recipe.data.validation, tuple):

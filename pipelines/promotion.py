@@ -133,6 +133,51 @@ def read_version(file: Path) -> Version:
     raise DataError(f"{file}: {reason}. Restore it from a backup, or remove its folder and run the recipe again.")
 
 
+def artifact(store: Store, version: Version, node: str) -> Artifact:
+    """What a node of the version's run made, whether it is in the store any more or not."""
+    made = version.artifacts[node]
+    return Artifact(store.root / made["stage"] / made["key"])
+
+
+def checkpoint(store: Store, version: Version) -> Path:
+    """The trained tensors that a later run may begin with."""
+    return artifact(store, version, "train").payload / "checkpoint"
+
+
+def went_on_from(store: Store, version: Version) -> Version | None:
+    """The version with whose weights the training of this one began; None if that was the base model, or a version that is unknown."""
+    return _of_checkpoint(store, version.name, artifact(store, version, "train"))
+
+
+def _of_checkpoint(store: Store, name: str, train: Artifact) -> Version | None:
+    """The version whose checkpoint a training began with, by the checkpoint's content."""
+    try:
+        begun_with = train.manifest["ingredients"]["files"][:1]
+    except (OSError, ValueError):
+        return None
+    return next((version for version in versions(store, name) if begun_with and _facts_digest(store, version) == begun_with[0]), None)
+
+
+def _facts_digest(store: Store, version: Version) -> str | None:
+    """sha256 of its checkpoint.json, which holds those of the tensors."""
+    try:
+        files = artifact(store, version, "train").manifest["files"]
+    except (OSError, ValueError):
+        return None
+    return next((file["sha256"] for file in files if file["path"] == "payload/checkpoint/checkpoint.json"), None)
+
+
+def trained_on(store: Store, name: str, made: Mapping[str, Artifact]) -> list[dict[str, str]]:
+    """Path and sha256 of every training file of a run, and of those that the version it went on from had seen, without validation files."""
+    manifest = made["prepare"].manifest
+    used = [
+        file for file, source in zip(manifest["input_files"], manifest["metrics"]["sources"], strict=True) if source["split"] == "train"
+    ]
+    before = _of_checkpoint(store, name, made["train"])
+    every = [*(before.data if before else []), *used]
+    return list({file["sha256"]: {"path": file["path"], "sha256": file["sha256"]} for file in every}.values())
+
+
 def find(store: Store, text: str) -> Version:
     """The version that `NAME@NUMBER` means; of `NAME` alone the one in production, or the newest while there is none.
 
@@ -198,7 +243,7 @@ def register(
                 recipe=recipe.name,
                 created=_now(),
                 artifacts=references,
-                data=made["prepare"].manifest["input_files"],
+                data=trained_on(store, name, made),
                 gate=gate,
                 faults=faults,
                 scores={role: dict(figures) for role, figures in scores.items()},

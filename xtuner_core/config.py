@@ -62,6 +62,7 @@ class Source(Config):
     )
     format: str | None = Field(default=None, description="Input format, a module of xtuner_core/data/formats; data.format if not given.")
     sample_ratio: float = Field(default=1.0, gt=0, description="2 uses every sample twice an epoch, 0.5 a random half of them.")
+    draw: int = Field(default=0, ge=0, description="Another number takes another random half.")
 
 
 def _sources(value: Any) -> Any:
@@ -307,7 +308,8 @@ def trained_otherwise(earlier: dict[str, Any], train: TrainConfig) -> str:
     """Why a run with these settings cannot go on from the tensors of one with those (as JSON values); empty if it can."""
     every = TrainConfig().model_dump(mode="json")  # a field may be new in this version
     before, now = _trained({**every, **earlier}), _trained(train.model_dump(mode="json"))
-    different = [name for name in {**before, **now} if before.get(name) != now.get(name)]
+    names = ["method"] if before["method"] != now["method"] else {**before, **now}
+    different = [name for name in names if before.get(name) != now.get(name)]
     return ", ".join(f"train.{name} is {before.get(name)} there and {now.get(name)} here" for name in different)
 
 

@@ -71,10 +71,13 @@ def choose(folders: ModelFolders, asked: str | None) -> str:
     return choose_template(folders.tokenizer, asked)
 
 
+_USE = {"format": "format", "ratio": "sample_ratio", "draw": "draw", "validation": "validation"}
+
+
 def decided(run: RunConfig, folders: ModelFolders, plan: Plan, earlier: work.Facts | None) -> work.Facts:
     """What decides the run, by content; a work directory goes on only with the same."""
     files = [
-        {"file": str(one.file), "sha256": job.digest, "format": one.format, "ratio": one.sample_ratio, "validation": one.validation}
+        {"file": str(one.file), "sha256": job.digest, **{name: getattr(one, field) for name, field in _USE.items()}}
         for one, job in zip(plan.inputs, plan.jobs, strict=True)
     ]
     return {
@@ -96,7 +99,7 @@ def data_settings(data: DataConfig) -> dict[str, Any]:
 
 def pack(run: RunConfig, plan: Plan, prepared: Path, say: Log) -> Path:
     """The folder of the run's packed data: made now, or found as an earlier run made it."""
-    uses = [(job.key, one.sample_ratio, one.validation) for one, job in zip(plan.inputs, plan.jobs, strict=True)]
+    uses = [(job.key, one.sample_ratio, one.draw, one.validation) for one, job in zip(plan.inputs, plan.jobs, strict=True)]
     key = key_of({"data": data_settings(run.data), "uses": uses, "seed": run.seed, "code": code_digest()})
     folder = prepared / f"data-{key}"
     if folder.is_dir():

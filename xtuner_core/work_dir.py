@@ -134,7 +134,8 @@ def _changed_files(before: list[Facts], now: list[Facts]) -> list[str]:
 
 def _uses(facts: Facts) -> list[Facts]:
     """How each file is used, wherever it lies."""
-    return [{name: one[name] for name in ("format", "ratio", "validation")} for one in facts["data"]["files"]]
+    every = {"draw": 0}  # new in this version
+    return [{name: {**every, **one}[name] for name in ("format", "ratio", "draw", "validation")} for one in facts["data"]["files"]]
 
 
 def _content(model: Facts) -> Facts:

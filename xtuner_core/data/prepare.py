@@ -38,6 +38,8 @@ class Input:
     format: str
     sample_ratio: float
     validation: bool
+    draw: int = 0
+    """Which random part of the samples a broken ratio takes."""
     reason: str = "the recipe says so"
     """Why it is read as this format."""
 
@@ -80,7 +82,7 @@ def inputs_of(data: DataConfig, resolve: Callable[[str], Path] = Path) -> list[I
     found: dict[Path, Input] = {}
     for source, validation in given:
         for file in input_files([resolve(source.path)]):
-            one = Input(file, source.format or data.format, source.sample_ratio, validation)
+            one = Input(file, source.format or data.format, source.sample_ratio, validation, source.draw)
             if found.setdefault(file, one) != one:
                 raise RecipeError(f"{file}: named twice in data.train and data.validation, with different settings; name it once.")
     return list(found.values())
@@ -123,7 +125,7 @@ def write_data(plan: Plan, data: DataConfig, seed: int, cache: Path, folder: Pat
     if any(tally.kept for tally in tallies):
         _merge(folder / "kept.jsonl", folders)
     portions = [
-        Portion(documents, one.sample_ratio, one.validation, int(job.digest[:16], 16))
+        Portion(documents, one.sample_ratio, one.validation, int(job.digest[:16], 16) + one.draw)
         for documents, one, job in zip(folders, plan.inputs, plan.jobs, strict=True)
     ]
     metrics = _counts(tallies) | {"template": plan.template} | _pack(data, seed, folder, portions)
