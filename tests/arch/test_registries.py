@@ -178,7 +178,7 @@ def test_an_unknown_name_lists_the_known_ones(package: ModuleType) -> None:
 
 @pytest.mark.parametrize("name", ["__init__", "_private", "../cli", "", "os.path"])
 def test_only_the_folder_s_own_files_are_names(name: str) -> None:
-    with pytest.raises(RecipeError, match="is not one of the launchers: local"):
+    with pytest.raises(RecipeError, match="is not one of the launchers: kubernetes, local"):
         registry.find(launchers, name)
 
 

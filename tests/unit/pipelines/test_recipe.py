@@ -76,7 +76,7 @@ def test_an_unknown_recipe_lists_the_shipped_ones(name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "field", "known"),
     [
-        ("learning_rate=1", "learning_rate", "chat, convert, data, description, eval, model, name, promotion, retrain, seed, train"),
+        ("learning_rate=1", "learning_rate", "chat, convert, data, description, eval, launch, model, name, promotion, retrain, seed, timeout_hours, train"),
         ("train.learning_rate=1", "train.learning_rate", "epochs"),
         ("train.lora.r=4", "train.lora.r", "alpha, dora, dropout, rank, rslora, targets"),
         ("optim.lr=1", "optim", "train"),
