@@ -11,6 +11,9 @@ import pytest
 from flows.service import Service, down, up
 
 TINY = Path(__file__).parent / "tiny.yaml"
+SECRETS = ("HF_TOKEN", "AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "OPENAI_API_KEY", "WANDB_API_KEY")
+CANARIES = {name: f"canary-of-{name}" for name in SECRETS} | {"XTUNER_ALERT_WEBHOOK": "http://127.0.0.1:9/canary-of-webhook"}
+"""In the environment of everything that the service starts; test_canaries.py looks where they come out."""
 
 
 @pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
@@ -31,7 +34,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
     """Server, worker and all deployments, with a store and a home of their own; the deployments' recipe is tiny.yaml."""
     place = tmp_path_factory.mktemp("service")
     try:
-        yield up(place / "home", place / "store", str(TINY), free_port())
+        with pytest.MonkeyPatch.context() as environment:
+            for name, value in CANARIES.items():
+                environment.setenv(name, value)
+            running = up(place / "home", place / "store", str(TINY), free_port())
+        yield running
     finally:
         down(place / "home")
 
