@@ -58,15 +58,16 @@ def finetune_flow(
         return failed(error)
     label(today, trigger)
     # Owner "retrain": a run that nobody asked for by hand ends here if there is nothing new to learn.
-    with board(today) as shown:
+    with board(today, home) as shown:
         results, ended = found_again(earlier, home) if earlier else run_stages(today, home, shown)
-    if ended:
-        return ended
-    summary = summarize(today, results)
-    try:
-        told = conclude(today, home, results, summary, faults(summary))
-    except UserError as error:
-        return failed(error)
+        if ended:
+            return ended
+        shown.results.update(results)
+        summary = summarize(today, results)
+        try:
+            told = conclude(today, home, results, summary, faults(summary))
+        except UserError as error:
+            return failed(error)
     if not summary["ok"]:
         return Failed(message=f"the model was made, but {faults(summary)}.", data=(summary, table(results)))
     return Completed(message=f"all stages are whole; {told}", data=(summary, table(results)))

@@ -27,7 +27,7 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.reporting.sections import SECTIONS, model_card, page
 from flows.reporting.summary import outcome, state_of
-from pipelines.artifacts import Result
+from pipelines.artifacts import Result, Store
 from pipelines.promotion import model_name
 from pipelines.recipe import Recipe
 
@@ -43,9 +43,11 @@ class Board:
     """The artifacts of one run."""
 
     recipe: Recipe
+    store: Store
     run: UUID
     sender: ThreadPoolExecutor
     results: dict[str, Result] = field(default_factory=dict)
+    failures: list[str] = field(default_factory=list)
     ids: dict[str, UUID] = field(default_factory=dict)
     """Of what is shown already: it changes in place."""
     unsent: dict[str, Future[None]] = field(default_factory=dict)
@@ -62,16 +64,17 @@ class Board:
 
     def failed(self, name: str, why: str) -> None:
         """A stage, and with it the run, ended without an artifact."""
+        self.failures.append(f"{name}: {why}")
         last = {"stage": name, "state": "failed", "seconds": "", "result": why}
         self._show("stages", "table", lambda: [*_rows(self.results), last])
         _emit(self.recipe, name, "failed", {"reason": why})
 
     def ended(self) -> None:
         """All that is left to tell, of a run that is whole or not."""
-        self._show("report", "markdown", partial(page, self.recipe, self.results))
+        self._show("report", "markdown", partial(page, self.recipe, self.results, self.failures))
         self._show("forecast", "table", lambda: [_foretold(name, result) for name, result in self.results.items()])
         if verdict := self.results.get("verdict"):
-            self._show("model-card", "markdown", partial(model_card, verdict.artifact))
+            self._show("model-card", "markdown", partial(model_card, self.store, model_name(self.recipe), verdict.artifact))
 
     def _show(self, what: str, kind: str, content: Callable[[], Any]) -> None:
         """Create the artifact, or put this in place of what it showed; what waits to be sent is not sent any more."""
@@ -94,14 +97,14 @@ class Board:
 
 
 @contextmanager
-def board(recipe: Recipe) -> Iterator[Board]:
+def board(recipe: Recipe, store: Store) -> Iterator[Board]:
     """The board of the flow run that is going on; however the block ends, the report is shown."""
     sender = ThreadPoolExecutor(1, "artifacts")
-    shown = Board(recipe, UUID(flow_run.id), sender)
+    shown = Board(recipe, store, UUID(flow_run.id), sender)
     try:
         yield shown
     finally:
-        if shown.results:
+        if shown.results or shown.failures:
             shown.ended()
         wait(shown.unsent.values(), LAST_SECONDS)
         sender.shutdown(wait=False, cancel_futures=True)

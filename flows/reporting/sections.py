@@ -5,22 +5,26 @@ from __future__ import annotations
 import base64
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from flows.reporting.summary import table
-from pipelines.artifacts import Artifact, Result
+from pipelines import promotion
+from pipelines.artifacts import Artifact, Result, Store
+from pipelines.lineage import trace_back
+from pipelines.lineage_page import mermaid
 from pipelines.model_card import plain
 from pipelines.preview import visible
 from pipelines.recipe import Recipe
 
 
-def page(recipe: Recipe, results: Mapping[str, Result]) -> str:
-    """Everything that a run, whole or not, has to tell: the table of its stages and their sections."""
+def page(recipe: Recipe, results: Mapping[str, Result], failures: Sequence[str] = ()) -> str:
+    """Everything that a run, whole or not, has to tell: the table of its stages, what failed, and the stages' sections."""
     sections = [section(results[name].artifact) for name, section in SECTIONS.items() if name in results]
+    told = [f"**Failed:** {plain(why)}" for why in failures]
     use = f"Talk to it: `xtuner chat {_model(results['convert'].artifact)}`" if "convert" in results else ""
-    return "\n\n".join(part for part in (f"# {recipe.name}", table(results), *sections, use) if part) + "\n"
+    return "\n\n".join(part for part in (f"# {recipe.name}", table(results), *told, *sections, use) if part) + "\n"
 
 
 def data(prepared: Artifact) -> str:
@@ -60,9 +64,17 @@ SECTIONS: Mapping[str, Callable[[Artifact], str]] = {"prepare": data, "train": l
 """Node of the run → its section."""
 
 
-def model_card(verdict: Artifact) -> str:
-    """The card that lies beside the scores, without its header for machines."""
-    return (verdict.payload / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[-1].lstrip()
+def model_card(store: Store, name: str, verdict: Artifact) -> str:
+    """What the judged model is in the registry today, where it came from, and the card that lies beside its scores."""
+    judged = verdict.reference
+    version = next((one for one in promotion.versions(store, name) if one.artifacts["verdict"] == judged), None)
+    card = (verdict.payload / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[-1].lstrip()  # without the header for machines
+    if version is None:
+        return card
+    title, rest = card.split("\n", 1)
+    standing = f"**{plain(version.title)}**: {promotion.status(store, version)}. Folder: `{promotion.folder(store, version) / 'model'}`"
+    graph = f"## Lineage\n\n```mermaid\n{mermaid(trace_back(store, version.title))}```"
+    return f"{title}\n\n{standing}\n{rest}\n\n{graph}\n"
 
 
 def _model(converted: Artifact) -> Path:

@@ -10,7 +10,7 @@ import pytest
 
 from flows.reporting.sections import _answer, _smoke_answer, data
 from pipelines import prepare
-from pipelines.artifacts import Artifact
+from pipelines.artifacts import Artifact, Store
 from pipelines.recipe import load_recipe
 from pipelines.stage import Work
 
@@ -36,7 +36,7 @@ def test_the_data_section_says_what_the_data_report_found(prepare_place: Callabl
     assert told[-1] == f"- report: `{tmp_path / 'record' / 'report.html'}`"
 
 
-def test_an_api_that_is_away_and_a_page_that_cannot_be_made_cost_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_api_that_is_away_and_a_page_that_cannot_be_made_cost_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
     from uuid import uuid4
 
@@ -46,7 +46,7 @@ def test_an_api_that_is_away_and_a_page_that_cannot_be_made_cost_nothing(monkeyp
 
     monkeypatch.setattr(board, "RETRIES", 0)
     with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}), ThreadPoolExecutor(1) as sender:
-        shown = board.Board(load_recipe("qwen3_tiny_full_openai"), uuid4(), sender)
+        shown = board.Board(load_recipe("qwen3_tiny_full_openai"), Store(tmp_path), uuid4(), sender)
         shown._show("stages", "table", list)
         shown._show("report", "markdown", lambda: 1 / 0)
     assert [sent.exception() for sent in shown.unsent.values()] == [None, None]
