@@ -20,6 +20,7 @@ from prefect.states import Completed, Failed
 from flows.caching import ended_in, failed
 from flows.cluster import fill_cache, require_runner
 from flows.labels import label, run_name
+from flows.news import nothing_to_learn
 from flows.parameters import DEMO, AskedRecipe, Trigger
 from flows.promoting import conclude, found_again, made_before
 from flows.reporting.board import Board, board
@@ -29,7 +30,7 @@ from pipelines import prepare
 from pipelines.artifacts import Artifact, Result, Store
 from pipelines.pipeline import check, nodes
 from pipelines.recipe import Recipe
-from pipelines.retraining import recipe_of_today
+from pipelines.retraining import as_of_today, asked
 from xtuner_core.durable import write_json
 from xtuner_core.errors import BUG, DataError, Interrupted, UserError
 
@@ -50,14 +51,17 @@ def finetune_flow(
     """
     home = Store(store)
     try:
-        today = recipe_of_today(recipe, changes, home)
+        written = asked(recipe, changes)
+        today = as_of_today(written, home)
         check(today)
         require_runner(today)
+        label(today, trigger)
         earlier = made_before(home)
+        idle = None if earlier else nothing_to_learn(written, today, home, trigger)
     except UserError as error:
         return failed(error)
-    label(today, trigger)
-    # Owner "retrain": a run that nobody asked for by hand ends here if there is nothing new to learn.
+    if idle:
+        return idle
     with board(today, home) as shown:
         results, ended = found_again(earlier, home) if earlier else run_stages(today, home, shown)
         if ended:

@@ -177,13 +177,18 @@ def news(recipe: Recipe, store: Store) -> News | None:
 
     A run that ended before its model was registered does not count. `recipe` is the one of today.
     """
-    made = [version for version in promotion.versions(store, promotion.model_name(recipe)) if version.recipe == recipe.name]
-    if not made:
+    last = newest_made(recipe, store)
+    if last is None:
         return None
-    last = made[-1]
     steps = [node for node in nodes(recipe) if "production" not in node.name]  # what is in use changes without anything new to learn
     changes = [f"file {file}" for file in new_files(recipe, store, last)]
     return News(last, [*changes, *(change for node in steps for change in _changes(node, recipe, store, last))])
+
+
+def newest_made(recipe: Recipe, store: Store) -> Version | None:
+    """The newest version that this recipe made, whatever has become of it."""
+    made = [version for version in promotion.versions(store, promotion.model_name(recipe)) if version.recipe == recipe.name]
+    return made[-1] if made else None
 
 
 def new_files(recipe: Recipe, store: Store, version: Version) -> list[Path]:
