@@ -25,8 +25,7 @@ def installed(pool: str) -> tuple[AutomationCore, ...]:
     return (
         _crashed_if_silent("heartbeat", timedelta(seconds=3 * HEARTBEAT_SECONDS)),
         _crashed_if_silent("Pending", timedelta(minutes=10)),
-        _again(pool, "after a crash", [str(count) for count in range(1, ATTEMPTS)], timedelta()),
-        _again(pool, "after a crash at its start", ["0"], timedelta(hours=1)),
+        _again(pool),
     )
 
 
@@ -47,20 +46,20 @@ def _crashed_if_silent(last: str, seconds: timedelta) -> AutomationCore:
     )
 
 
-def _again(pool: str, when: str, counts: list[str], pause: timedelta) -> AutomationCore:
-    """Run once more, at most once in `pause` for each run."""
+def _again(pool: str) -> AutomationCore:
+    """Each attempt is repeated once; within the hour also if the server takes its event twice, as it does when its database was locked."""
     return AutomationCore(
-        name=f"finetune: again {when}",
+        name="finetune: again after a crash",
         description=f"A crashed run goes on where it stood, up to {ATTEMPTS} attempts.",
         trigger=EventTrigger(
             expect={"prefect.flow-run.Crashed"},
-            match={"prefect.resource.id": "prefect.flow-run.*", "prefect.run-count": counts},
+            match={"prefect.resource.id": "prefect.flow-run.*", "prefect.run-count": [str(count) for count in range(ATTEMPTS)]},
             match_related=[_related("flow", FLOW), _related("work-pool", pool)],
-            for_each={"prefect.resource.id"},
+            for_each={"prefect.resource.id", "prefect.run-count"},
             posture=Posture.Reactive,
-            within=pause,
+            within=timedelta(hours=1),
         ),
-        actions=[_to(StateType.SCHEDULED, "AwaitingRetry", f"again {when}", force=True)],
+        actions=[_to(StateType.SCHEDULED, "AwaitingRetry", "again after a crash", force=True)],
     )
 
 

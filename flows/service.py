@@ -14,7 +14,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
@@ -32,7 +32,7 @@ from xtuner_core.durable import write_json
 from xtuner_core.errors import Interrupted, RecipeError, StorageError, UserError
 
 HOST, PORT = "127.0.0.1", 4200
-MARK, AUTH = "XTUNER_SERVICE", "XTUNER_AUTH"
+MARK, AUTH, DATABASE = "XTUNER_SERVICE", "XTUNER_AUTH", "XTUNER_DATABASE_URL"
 PARTS = {
     "server": ("prefect", "server", "start", "--host", HOST),
     "worker": ("prefect", "worker", "start", "--pool", "local", "--type", "process", "--name", "xtuner"),
@@ -40,6 +40,7 @@ PARTS = {
 }
 """In the order in which they start: name → module and arguments."""
 STARTUP_SECONDS = 180
+DATABASES = ("postgresql+asyncpg://", "sqlite+aiosqlite:///")
 RUN_GRACE_SECONDS = 60
 """For flow runs: their training saves a checkpoint first."""
 GRACE_SECONDS = 15
@@ -57,6 +58,8 @@ class Service:
     """Part → process id and time of creation."""
     auth: str | None = field(default=None, repr=False)
     """user:password that the server demands."""
+    database: str | None = field(default=None, repr=False)
+    """URL of the server's database, with its password; SQLite in `home` if there is none."""
 
     @property
     def ui(self) -> str:
@@ -77,28 +80,34 @@ class Service:
         return {"PREFECT_API_URL": self.api, **({"PREFECT_API_AUTH_STRING": self.auth} if self.auth else {})}
 
 
-def up(home: Path, store: Path, recipe: str, port: int | None = None, auth: str | None = None) -> Service:
+def up(home: Path, store: Path, recipe: str, port: int | None = None, auth: str | None = None, database: str | None = None) -> Service:
     """Start what does not run yet, deploy everything of prefect.yaml, and wait until all of it answers.
 
     Raises:
-        RecipeError: unknown recipe, a port that another program has, or another port or password than those of the running server.
+        RecipeError: unknown recipe, a port that another program has, or another port, password or database than those of the running
+            server.
         StorageError: a part did not start; the message ends with the end of its log.
     """
     from flows.furnishing import deploy, furnish  # Prefect takes a second to import, which `down` and `status` need not wait
 
-    load_recipe(recipe)
-    absolute = recipe if recipe in shipped_names() else str(recipe_file(recipe).resolve())
-    with _locked(home):
-        service = _settle(home, read(home), port, auth)
-        service = replace(service, store=store.resolve(), recipe=absolute)
+    recipe = known_anywhere(recipe)
+    with locked(home):
+        service = settle(home, port, auth, database)
+        service = replace(service, store=store.resolve(), recipe=recipe)
         _write(service)
-        service = _start(service, "server")
+        service = start(service, "server")
         _wait_until_healthy(service)
         furnish(service.api, service.auth)
-        deploy(_environment(service), home / "deploy.log")
+        deploy(environment_of(service), home / "deploy.log")
         for part in ("worker", *(["watch"] if find_spec("flows.watch") else [])):
-            service = _start(service, part)
+            service = start(service, part)
         return service
+
+
+def known_anywhere(recipe: str) -> str:
+    """The recipe's shipped name or its file's absolute path (RecipeError if it is neither, or wrong)."""
+    load_recipe(recipe)
+    return recipe if recipe in shipped_names() else str(recipe_file(recipe).resolve())
 
 
 def read(home: Path) -> Service | None:
@@ -107,23 +116,37 @@ def read(home: Path) -> Service | None:
         kept = loads((home / "service.json").read_bytes())
     except FileNotFoundError:
         return None
-    password = home / "auth"
     started = {name: (pid, created) for name, (pid, created) in kept["started"].items()}
-    auth = password.read_text(encoding="utf-8") if password.exists() else None
-    return Service(home, kept["port"], Path(kept["store"]), kept["recipe"], started, auth)
+    secrets = kept_secret(home, "auth"), kept_secret(home, "database")
+    return Service(home, kept["port"], Path(kept["store"]), kept["recipe"], started, *secrets)
 
 
-def _settle(home: Path, before: Service | None, port: int | None, auth: str | None) -> Service:
-    """On which port and with which password the server shall run; those of a running one stay."""
+def kept_secret(home: Path, secret: str) -> str | None:
+    file = home / secret
+    return file.read_text(encoding="utf-8") if file.exists() else None
+
+
+def settle(home: Path, port: int | None, auth: str | None, database: str | None) -> Service:
+    """On which port, with which password and database the server shall run; those of a running one stay.
+
+    Raises:
+        RecipeError: as `up`.
+    """
+    if database and not database.startswith(DATABASES):
+        raise RecipeError(f"DATABASE_URL must begin with {' or '.join(DATABASES)}, as in {DATABASES[0]}USER:PASSWORD@HOST/NAME.")
+    before, database = read(home), database or kept_secret(home, "database")
     running = before is not None and "server" in before.pids
-    if before and running and (port or before.port, auth or before.auth) != (before.port, before.auth):
-        raise RecipeError(f"the server runs already on port {before.port}, with its own AUTH. Stop it first: make down (xtuner down).")
+    if before and running and (port or before.port, auth or before.auth, database) != (before.port, before.auth, before.database):
+        told = f"the server runs already on port {before.port}, with its own AUTH and DATABASE_URL"
+        raise RecipeError(f"{told}. Stop it first: make down (xtuner down).")
     if before and running:
         return before
     if port is not None and not _is_free(port):
         raise RecipeError(f"port {port} is taken by another program. Choose another one (PORT=), or none: then the next free one is taken.")
     kept = before.port if before and _is_free(before.port) else None
-    return Service(home, port or kept or _free_port(PORT), Path(), "", before.started if before else {}, auth or (before and before.auth))
+    return Service(
+        home, port or kept or _free_port(PORT), Path(), "", before.started if before else {}, auth or (before and before.auth), database
+    )
 
 
 def _is_free(port: int) -> bool:
@@ -144,13 +167,14 @@ def _free_port(first: int) -> int:
     return next(port for port in range(first, 65536) if _is_free(port))
 
 
-def _start(service: Service, part: str) -> Service:
+def start(service: Service, part: str) -> Service:
     """Start a part unless it runs, and note it before anything else can go wrong."""
     if part in service.pids:
         return service
     module, *arguments = PARTS[part]
     port = ["--port", str(service.port)] if part == "server" else []
-    password = {"PREFECT_SERVER_API_AUTH_STRING": service.auth} if part == "server" and service.auth else {}
+    secrets = {"PREFECT_SERVER_API_AUTH_STRING": service.auth, "PREFECT_SERVER_DATABASE_CONNECTION_URL": service.database}
+    own = {name: secret for name, secret in secrets.items() if secret} if part == "server" else {}
     with open(service.home / f"{part}.log", "ab") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments, *port],
@@ -158,7 +182,7 @@ def _start(service: Service, part: str) -> Service:
             stdout=log,
             stderr=subprocess.STDOUT,
             cwd=PROJECT,
-            env=_environment(service) | password,
+            env=environment_of(service) | own,
             start_new_session=True,
             preexec_fn=_usual_signals,
         )
@@ -174,9 +198,11 @@ def _usual_signals() -> None:
         signal.signal(number, signal.SIG_DFL)
 
 
-def _environment(service: Service) -> dict[str, str]:
+def environment_of(service: Service) -> dict[str, str]:
     """Of every part, and so of every flow run; the user's own settings win where they do no harm."""
-    inherited = {name: value for name, value in os.environ.items() if name not in (AUTH, "MAKEFLAGS", "MAKEOVERRIDES", "PREFECT_PROFILE")}
+    inherited = {
+        name: value for name, value in os.environ.items() if name not in (AUTH, DATABASE, "MAKEFLAGS", "MAKEOVERRIDES", "PREFECT_PROFILE")
+    }
     return {
         **inherited,
         **service.environment,
@@ -192,9 +218,10 @@ def _environment(service: Service) -> dict[str, str]:
 
 
 def _write(service: Service) -> None:
-    if service.auth:
-        with open(os.open(service.home / "auth", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(service.auth)
+    for name, secret in {"auth": service.auth, "database": service.database}.items():
+        if secret:
+            with open(os.open(service.home / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+                file.write(secret)
     kept = asdict(service)
     write_json(
         service.home / "service.json",
@@ -204,7 +231,7 @@ def _write(service: Service) -> None:
 
 def _wait_until_healthy(service: Service) -> None:
     deadline = time.monotonic() + STARTUP_SECONDS
-    while not _is_healthy(service):
+    while not is_healthy(service):
         if "server" not in service.pids or time.monotonic() > deadline:
             raise StorageError(
                 f"the server did not get healthy. The end of {service.home / 'server.log'}:\n{tail(service.home / 'server.log')}"
@@ -212,7 +239,7 @@ def _wait_until_healthy(service: Service) -> None:
         time.sleep(0.2)
 
 
-def _is_healthy(service: Service) -> bool:
+def is_healthy(service: Service) -> bool:
     try:
         with urllib.request.urlopen(f"{service.api}/health", timeout=10) as answer:  # noqa: S310 - our own http address
             return answer.status == 200
@@ -222,33 +249,39 @@ def _is_healthy(service: Service) -> bool:
 
 def down(home: Path) -> list[str]:
     """Stop what `up` started and all that it started: flow runs first, in order, then worker, watcher, server; says what was stopped."""
-    with _locked(home):
+    with locked(home):
         service = read(home)
         if service is None:
             return []
-        parts = {name: process for name, (pid, created) in service.started.items() if (process := _process(pid, created))}
-        runs = [process for process in _marked(home) if process not in parts.values()]
-        if "worker" in parts:
-            parts["worker"].suspend()  # it must take no new run, nor hurry the running ones
-        _end(runs, RUN_GRACE_SECONDS)
-        for name in reversed(PARTS):
-            if name in parts:
-                parts[name].resume()
-                _end([parts[name]], GRACE_SECONDS)
+        stopped = stop(service, tuple(PARTS))
         _end(_marked(home), GRACE_SECONDS)
         for file in ("service.json", "auth"):
             (home / file).unlink(missing_ok=True)
-        return [*(["flow runs"] if runs else []), *parts]
+        return stopped
+
+
+def stop(service: Service, names: Collection[str]) -> list[str]:
+    """End these parts, and with the worker its flow runs, which come first and save checkpoints; says what was stopped."""
+    living = {name: process for name, (pid, created) in service.started.items() if (process := _process(pid, created))}
+    parts = {name: process for name, process in living.items() if name in names}
+    runs = [process for process in _marked(service.home) if process not in living.values()] if "worker" in names else []
+    if "worker" in parts:
+        parts["worker"].suspend()  # it must take no new run, nor hurry the running ones
+    _end(runs, RUN_GRACE_SECONDS)
+    for name in reversed(PARTS):
+        if name in parts:
+            parts[name].resume()
+            _end([parts[name]], GRACE_SECONDS)
+    return [*(["flow runs"] if runs else []), *parts]
 
 
 def _process(pid: int, created: float) -> psutil.Process | None:
     """The living process that has this id and was created then; ids are used again."""
     try:
         process = psutil.Process(pid)
-        same = abs(process.create_time() - created) < 0.01 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.Error:
+    except psutil.NoSuchProcess:
         return None
-    return process if same else None
+    return process if abs(process.create_time() - created) < 0.01 and _runs(process) else None
 
 
 def _marked(home: Path) -> list[psutil.Process]:
@@ -269,10 +302,24 @@ def _end(processes: list[psutil.Process], grace: float) -> None:
     for process in processes:
         if _parent(process) not in ids:
             _tell(process, signal.SIGTERM)
-    _, left = psutil.wait_procs(processes, timeout=grace)
-    for process in left:
+    for process in _left_after(grace, processes):
         _tell(process, signal.SIGKILL)
-    psutil.wait_procs(left, timeout=GRACE_SECONDS)
+    _left_after(GRACE_SECONDS, processes)
+
+
+def _left_after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run then; not waited for longer than needed. (psutil's own wait also waits until the parent collects them.)"""
+    deadline = time.monotonic() + seconds
+    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _parent(process: psutil.Process) -> int | None:
@@ -288,10 +335,10 @@ def _tell(process: psutil.Process, number: signal.Signals) -> None:
 
 
 @contextmanager
-def _locked(home: Path) -> Iterator[None]:
+def locked(home: Path, wait: float = 0) -> Iterator[None]:
     home.mkdir(parents=True, exist_ok=True, mode=0o700)
     try:
-        with FileLock(home / ".lock", timeout=0):
+        with FileLock(home / ".lock", timeout=wait):
             yield
     except Timeout:
         raise RecipeError(f"{home}: another up or down is at work there; wait for it.") from None
@@ -304,7 +351,7 @@ DEFAULT_HOME = PROJECT / ".service"
 
 @app.command(name="up")
 def _up(*, recipe: str, store: Path = Path("artifacts"), port: int | None = None, home: Home = DEFAULT_HOME) -> None:
-    service = up(home.resolve(), store, recipe, port, os.environ.get(AUTH) or None)
+    service = up(home.resolve(), store, recipe, port, os.environ.get(AUTH) or None, os.environ.get(DATABASE) or None)
     if port is None and service.port != PORT:
         print(f"(port {PORT} is taken or this service had another one: it listens on {service.port})")
     print(f"Prefect's pages: {service.ui}\nlogs: {service.home}/*.log\n\nexport PREFECT_API_URL={service.api}")
@@ -327,7 +374,7 @@ def _status(*, home: Home = DEFAULT_HOME) -> int:
         return 1
     for part in service.started:
         print(f"{part:<8} {f'runs, process {service.pids[part]}' if part in service.pids else 'is gone: `xtuner up` starts it again'}")
-    healthy = _is_healthy(service)
+    healthy = is_healthy(service)
     print(f"{service.ui} {'answers' if healthy else 'does not answer'}\nstore:  {service.store}\nrecipe: {service.recipe}")
     print(f"logs:   {service.home}/*.log")
     return 0 if healthy and len(service.pids) == len(service.started) else 1
