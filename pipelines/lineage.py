@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines import promotion
-from pipelines.artifacts import Store
+from pipelines.artifacts import Store, is_sealed
 from pipelines.promotion import Version
 from xtuner_core.errors import RecipeError
 
@@ -123,12 +123,12 @@ def _locate(store: Store, reference: Reference) -> tuple[Path | None, Mapping[st
 
 
 def read_manifest(file: Path) -> Mapping[str, Any]:
-    """A manifest, empty if it cannot be read."""
+    """A manifest, empty if it cannot be read or is not as it was written: then nothing in it can be relied on."""
     try:
-        manifest = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        content = file.read_bytes()
+        return json.loads(content) if is_sealed(content) else {}
+    except (OSError, ValueError, AttributeError, RecursionError):
         return {}
-    return manifest if isinstance(manifest, dict) else {}
 
 
 def _from_store(store: Store, manifest: Mapping[str, Any]) -> dict[str, Reference]:

@@ -44,8 +44,7 @@ def as_text(chain: Chain) -> Iterator[str]:
 
 def _paragraph(step: Step) -> Iterator[str]:
     manifest = step.manifest
-    gone = "" if step.path else "  (gone, only its manifest was kept)" if manifest else "  (gone)"
-    yield f"{step.node:<12} {step.id}{gone}"
+    yield f"{step.node:<12} {step.id}{_missing(step)}"
     yield f"  payload    sha256 {step.reference['payload_digest']}"
     if not manifest:
         return
@@ -62,6 +61,12 @@ def _paragraph(step: Step) -> Iterator[str]:
     yield f"  versions   {', '.join(f'{name} {version}' for name, version in libraries.items())}"
     for one in manifest["input_files"]:
         yield f"  file       {one['path']}\n             sha256 {one['sha256']}"
+
+
+def _missing(step: Step) -> str:
+    if step.path:
+        return "" if step.manifest else "  (its manifest was edited or is damaged)"
+    return "  (gone, only its manifest was kept)" if step.manifest else "  (gone)"
 
 
 def mermaid(chain: Chain) -> str:

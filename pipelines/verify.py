@@ -54,16 +54,17 @@ def _links(step: Step, known: Mapping[str, Step]) -> Iterator[Finding]:
     if ingredients["files"] != [one["sha256"] for one in step.manifest["input_files"]]:
         yield Finding(where, "its input files are not those of its ingredients")
     for name, one in step.manifest["inputs"].items():
-        there = known[id_of(one)].manifest.get("payload_digest")
-        if there != one["payload_digest"]:
-            yield Finding(where, f"was made of {name} {one['payload_digest']}, and {id_of(one)} is {there}")
+        there = known[id_of(one)].manifest  # empty if it is damaged itself, which is told of it
+        if there and there["payload_digest"] != one["payload_digest"]:
+            yield Finding(where, f"was made of {name} {one['payload_digest']}, and {id_of(one)} is {there['payload_digest']}")
 
 
 def _files(store: Store, step: Step) -> Iterator[Finding]:
     """Input files that are gone or changed since; those in the store are steps of their own."""
     for one in step.manifest["input_files"]:
         if place := place_in(store, one["path"]):
-            if one["sha256"] not in {file["sha256"] for file in read_manifest(place / "manifest.json")["files"]}:
+            there = read_manifest(place / "manifest.json")
+            if there and one["sha256"] not in {file["sha256"] for file in there["files"]}:
                 yield Finding(f"{step.path}/manifest.json", f"was made of {one['path']}, which has other bytes now")
         elif not Path(one["path"]).is_file():
             yield Finding(one["path"], "is not there any more", broken=False)
