@@ -67,9 +67,8 @@ def _known_as(address: str, agent: Sequence[str]) -> list[str]:
 
 def together(here: Sequence[str], there: Sequence[Sequence[str]]) -> int:
     """Run all commands until they have ended; 0 if all did well."""
-    first = subprocess.Popen(here)
-    # In sessions of their own, because SIGTERM comes to our whole group and shall end only the first.
-    rest = [subprocess.Popen(one, stdin=subprocess.DEVNULL, start_new_session=True) for one in there]
+    # In sessions of their own, because SIGTERM comes to our whole group; only the first is told, and only once: twice means at once.
+    first, *rest = (subprocess.Popen(one, stdin=subprocess.DEVNULL, start_new_session=True) for one in (here, *there))
 
     def stop(number: int, frame: FrameType | None) -> None:
         first.terminate()

@@ -1,5 +1,5 @@
-from flows.service import Service, _is_healthy
+from flows.service import Service, is_healthy
 
 
 def test_up(service: Service) -> None:
-    assert _is_healthy(service)
+    assert is_healthy(service)
