@@ -39,7 +39,7 @@ from xtuner_core.errors import DataError
 SCHEMA = 1
 USED = "used"
 ATTEMPT = "attempt.json"
-RECENT = 8
+RECENT = 24
 """Artifacts of a stage that are looked at to learn from, or to tell what changed."""
 _ENVIRONMENT = ("torch", "transformers", "peft", "tokenizers", "safetensors", "numpy", "prefect")
 
@@ -403,5 +403,5 @@ def _check(artifact: Artifact, full: bool) -> None:
             moved = True
             if sha256(path) != bytes_digest:
                 raise Damaged(f"{name}: its bytes changed")
-    if moved:
-        write_json(artifact.path / "stamps.json", _stamps(artifact.path, manifest))
+    if moved and seen != (stamps := _stamps(artifact.path, manifest)):
+        write_json(artifact.path / "stamps.json", stamps)
