@@ -65,9 +65,11 @@ def as_of_today(recipe: Recipe, store: Store) -> Recipe:
 def _compared(recipe: Recipe, store: Store) -> Recipe:
     if recipe.eval.production != REGISTRY:
         return recipe
-    version = promotion.production(store, promotion.model_name(recipe))
-    found = str(promotion.folder(store, version) / "model") if version else None
-    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update={"production": found})})
+    if version := promotion.production(store, promotion.model_name(recipe)):
+        update = {"production": str(promotion.folder(store, version) / "model")}
+    else:  # the first one has nothing to be better than
+        update = {"production": None, "gate": tuple(rule for rule in recipe.eval.gate if rule.against != "production")}
+    return recipe.model_copy(update={"eval": recipe.eval.model_copy(update=update)})
 
 
 def _continued(recipe: Recipe, store: Store) -> Recipe:
@@ -205,10 +207,16 @@ def _changes(node: Node, recipe: Recipe, store: Store, version: Version) -> list
         return [f"{node.name}: what {version.title} was made of is not in the store any more"]
     by_content = _BY_CONTENT.get(node.name, ()) if recipe.retrain.start == "production" else ()
     now = store.ingredients(node.stage, recipe, {})
-    old, new = (_fields({**one, "inputs": {}}, by_content) for one in (before, now))
+    old, new = (_without_production(_fields({**one, "inputs": {}}, by_content)) for one in (before, now))
     return [
         f"{node.name}: {field}: {old.get(field)} → {new.get(field)}" for field in sorted({**old, **new}) if old.get(field) != new.get(field)
     ]
+
+
+def _without_production(fields: dict[str, Any]) -> dict[str, Any]:
+    """The gate's rules against production there are only while something is in production."""
+    gate = [rule for rule in fields.get("settings.gate", []) if rule["against"] != "production"]
+    return {**fields, "settings.gate": gate} if "settings.gate" in fields else fields
 
 
 def _fields(tree: Mapping[str, Any], without: Collection[str], above: str = "") -> dict[str, Any]:

@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pipelines.prepare import files_of
 from pipelines.recipe import PROJECT, Recipe, load_recipe, parse_recipe, recipe_file, resolve_path, shipped_names
 from xtuner_core.errors import RecipeError
 
@@ -40,8 +41,9 @@ def test_shipped_recipes_are_whole_and_named_as_their_file(name: str) -> None:
     recipe = load_recipe(name)
     assert recipe.name == name
     assert recipe.description
-    paths = [*(source.path for source in recipe.data.train), *(dataset.path for dataset in recipe.eval.datasets), recipe.chat.prompts]
+    paths = [*(dataset.path for dataset in recipe.eval.datasets), recipe.chat.prompts]
     assert all(resolve_path(path).is_file() for path in paths)
+    assert files_of(recipe)
 
 
 def test_a_recipe_survives_json_as_the_prefect_form_sends_it() -> None:
@@ -76,7 +78,11 @@ def test_an_unknown_recipe_lists_the_shipped_ones(name: str) -> None:
 @pytest.mark.parametrize(
     ("override", "field", "known"),
     [
-        ("learning_rate=1", "learning_rate", "chat, convert, data, description, eval, launch, model, name, promotion, retrain, seed, timeout_hours, train"),
+        (
+            "learning_rate=1",
+            "learning_rate",
+            "chat, convert, data, description, eval, launch, model, name, promotion, retrain, seed, timeout_hours, train",
+        ),
         ("train.learning_rate=1", "train.learning_rate", "epochs"),
         ("train.lora.r=4", "train.lora.r", "alpha, dora, dropout, rank, rslora, targets"),
         ("optim.lr=1", "optim", "train"),
