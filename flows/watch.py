@@ -96,17 +96,15 @@ def _lasting(cause: str, patience: Mapping[str, float]) -> timedelta:
     return timedelta(seconds=patience.get(cause.split()[0], 0))
 
 
-def step(home: Path, watch: Watch, late: float, patience: Mapping[str, float]) -> Watch:
+def step(client: SyncPrefectClient, home: Path, watch: Watch, late: float, patience: Mapping[str, float]) -> Watch:
     """Look once, tell what changed, write down what is known."""
     now = datetime.now(UTC)
     try:
-        with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
-            after, changes = compare(watch, look(client, watch, late), now, patience)
-            after = replace(after, since=now.isoformat())
-            after = tell(home, after, changes, now)
-            if not after.shown:
-                client.create_artifact(ArtifactCreate(key=KEY, type="markdown", description=summary(after), data=page(home, after)))
-                after = replace(after, shown=True)
+        after, changes = compare(watch, look(client, watch, late), now, patience)
+        after = tell(home, replace(after, since=now.isoformat()), changes, now)
+        if not after.shown:
+            client.create_artifact(ArtifactCreate(key=KEY, type="markdown", description=summary(after), data=page(home, after)))
+            after = replace(after, shown=True)
     except (httpx.HTTPError, PrefectHTTPStatusError) as error:
         away = {"server": f"Prefect's server does not answer ({type(error).__name__})"}
         after, changes = compare(watch, watch.open | away, now, patience)
@@ -197,9 +195,10 @@ def watch_forever(
     logging.getLogger("httpx").setLevel(logging.ERROR)  # it names addresses
     watch, lasting = read(home), PATIENCE if patience is None else dict.fromkeys(PATIENCE, patience)
     print(f"watching {os.environ.get('PREFECT_API_URL', 'the server of the profile')}", flush=True)
-    while True:
-        watch = step(home, watch, late, lasting)
-        time.sleep(every)
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), get_client(sync_client=True) as client:
+        while True:
+            watch = step(client, home, watch, late, lasting)
+            time.sleep(every)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
 from prefect.events import emit_event
 from prefect.logging import get_logger
 from prefect.runtime import flow_run
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 from flows.reporting.sections import SECTIONS, model_card, page
 from flows.reporting.summary import outcome, state_of
@@ -34,8 +33,8 @@ from pipelines.recipe import Recipe
 log = get_logger("reporting")
 KEYS = {"prepare": "data", "train": "training", "verdict": "scores", "chat": "answers"}
 """Node → end of the key of its artifact."""
-REQUEST_SECONDS, RETRIES, LAST_SECONDS = 10, 2, 10
-"""For one request; how often it is tried again; for what is not sent yet when the run ends."""
+REQUEST_SECONDS, LAST_SECONDS = 10, 10
+"""For one request; for what is not sent yet when the run ends."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,6 +44,7 @@ class Board:
     recipe: Recipe
     store: Store
     run: UUID
+    client: SyncPrefectClient
     sender: ThreadPoolExecutor
     results: dict[str, Result] = field(default_factory=dict)
     failures: list[str] = field(default_factory=list)
@@ -85,13 +85,12 @@ class Board:
     def _send(self, what: str, kind: str, content: Callable[[], Any]) -> None:
         try:
             data = content()
-            with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: RETRIES}), _own_client() as client:
-                if what in self.ids:
-                    client.update_artifact(self.ids[what], ArtifactUpdate(data=data))
-                else:
-                    key = f"{slug(model_name(self.recipe))}-{what}"
-                    wanted = ArtifactCreate(key=key, type=kind, data=data, description=self.recipe.name, flow_run_id=self.run)
-                    self.ids[what] = client.create_artifact(wanted).id
+            if what in self.ids:
+                self.client.update_artifact(self.ids[what], ArtifactUpdate(data=data))
+            else:
+                key = f"{slug(model_name(self.recipe))}-{what}"
+                wanted = ArtifactCreate(key=key, type=kind, data=data, description=self.recipe.name, flow_run_id=self.run)
+                self.ids[what] = self.client.create_artifact(wanted).id
         except Exception as error:  # whatever it is, it must not cost a training
             log.warning("the artifact %s could not be shown: %r", what, error)
 
@@ -100,19 +99,16 @@ class Board:
 def board(recipe: Recipe, store: Store) -> Iterator[Board]:
     """The board of the flow run that is going on; however the block ends, the report is shown."""
     sender = ThreadPoolExecutor(1, "artifacts")
-    shown = Board(recipe, store, UUID(flow_run.id), sender)
-    try:
-        yield shown
-    finally:
-        if shown.results or shown.failures:
-            shown.ended()
-        wait(shown.unsent.values(), LAST_SECONDS)
-        sender.shutdown(wait=False, cancel_futures=True)
-
-
-def _own_client() -> SyncPrefectClient:
-    """Not the one that the run itself is using in its own thread: settings of its own make it another."""
-    return get_client(sync_client=True, httpx_settings={"timeout": REQUEST_SECONDS})
+    # Settings of its own make it another client than the one that the run is using in its thread.
+    with get_client(sync_client=True, httpx_settings={"timeout": REQUEST_SECONDS}) as client:
+        shown = Board(recipe, store, UUID(flow_run.id), client, sender)
+        try:
+            yield shown
+        finally:
+            if shown.results or shown.failures:
+                shown.ended()
+            wait(shown.unsent.values(), LAST_SECONDS)
+            sender.shutdown(wait=False, cancel_futures=True)
 
 
 def slug(name: str) -> str:

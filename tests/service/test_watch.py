@@ -154,14 +154,17 @@ def test_a_schedule_that_nobody_serves_is_told(channel: Channel, service: Servic
 
 def test_a_server_that_is_away_is_told_when_it_lasts_and_shown_when_it_is_back(service: Service, tmp_path: Path) -> None:
     from prefect.artifacts import Artifact
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    with temporary_settings({PREFECT_API_URL: f"http://127.0.0.1:{free_port()}/api"}):
-        first = step(tmp_path, read(tmp_path), 300, PATIENCE)
+    nobody = SyncPrefectClient(f"http://127.0.0.1:{free_port()}/api")
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), nobody as client:
+        first = step(client, tmp_path, read(tmp_path), 300, PATIENCE)
         assert not first.open and not (tmp_path / "alerts.log").exists()
-        away = step(tmp_path, first, 300, {"server": 0})
-        assert list(away.open) == ["server"] and step(tmp_path, away, 300, {"server": 0}) == away
-    back = step(tmp_path, read(tmp_path), 300, PATIENCE)
+        away = step(client, tmp_path, first, 300, {"server": 0})
+        assert list(away.open) == ["server"] and step(client, tmp_path, away, 300, {"server": 0}) == away
+    with SyncPrefectClient(service.api) as client:
+        back = step(client, tmp_path, read(tmp_path), 300, PATIENCE)
     assert back.shown and "server" not in back.open
     assert [line.split()[1] for line in (tmp_path / "alerts.log").read_text().splitlines() if "does not answer" in line] == [
         "ALERT",

@@ -36,17 +36,19 @@ def test_the_data_section_says_what_the_data_report_found(prepare_place: Callabl
     assert told[-1] == f"- report: `{tmp_path / 'record' / 'report.html'}`"
 
 
-def test_an_api_that_is_away_and_a_page_that_cannot_be_made_cost_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_api_that_is_away_and_a_page_that_cannot_be_made_cost_nothing(tmp_path: Path) -> None:
     from concurrent.futures import ThreadPoolExecutor
     from uuid import uuid4
 
-    from prefect.settings import PREFECT_API_URL, temporary_settings
+    from prefect.client.orchestration import SyncPrefectClient
+    from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
-    from flows.reporting import board
+    from flows.reporting.board import Board
 
-    monkeypatch.setattr(board, "RETRIES", 0)
-    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}), ThreadPoolExecutor(1) as sender:
-        shown = board.Board(load_recipe("qwen3_tiny_full_openai"), Store(tmp_path), uuid4(), sender)
+    recipe = load_recipe("qwen3_tiny_full_openai")
+    nobody = SyncPrefectClient("http://127.0.0.1:1/api")
+    with temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}), nobody as client, ThreadPoolExecutor(1) as sender:
+        shown = Board(recipe, Store(tmp_path), uuid4(), client, sender)
         shown._show("stages", "table", list)
         shown._show("report", "markdown", lambda: 1 / 0)
     assert [sent.exception() for sent in shown.unsent.values()] == [None, None]
