@@ -88,6 +88,15 @@ def parse_age(text: str) -> float:
     return float(found[1]) * _SPANS[found[2]]
 
 
+def told(outcome: Outcome, dry_run: bool = False) -> str:
+    """What a clean-up did, in a line."""
+    did = "would be removed" if dry_run else "removed"
+    line = f"{len(outcome.removed)} things {did}, {size(outcome.before)} → {size(outcome.after)}"
+    if outcome.budget is None or outcome.after <= outcome.budget:
+        return line
+    return f"{line}: over the budget of {size(outcome.budget)}, and all that is left is needed (xtuner cache ls says by whom)"
+
+
 def clean(
     store: Store,
     budget: int | None,

@@ -89,19 +89,40 @@ def copy_cfg(name: str, folder: Path) -> None:
 
 
 @app.command
-def plan(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE) -> None:
-    """Say which stages are cached, which will run and why, and whether the training fits this machine and how long it takes."""
+def plan(
+    recipe: RecipeName,
+    stage: str | None = None,
+    *,
+    overrides: Overrides = None,
+    store: StoreDir = DEFAULT_STORE,
+    why: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
+    """Say which stages are cached, which will run and why, how long all takes, and whether it fits this machine.
+
+    Parameters
+    ----------
+    stage
+        With --why: of this stage only.
+    why
+        Name everything that changed since the recipe's last run: fields, files, libraries, inputs.
+    """
     from pipelines.artifacts import Store
     from pipelines.forecast import forecast, lines, this_machine
+    from pipelines.pipeline import explain
     from pipelines.pipeline import plan as make_plan
     from pipelines.retraining import recipe_of_today
 
     home = Store(store)
-    chosen, steps = recipe_of_today(recipe, overrides, home), []
-    for step in make_plan(chosen, home):
+    chosen = recipe_of_today(recipe, overrides, home)
+    steps = list(make_plan(chosen, home))
+    if stage is not None and stage not in (known := [step.node.name for step in steps]):
+        raise RecipeError(f"{stage}: no stage of this run; they are {', '.join(known)}.")
+    for step in steps if stage is None else [step for step in steps if step.node.name == stage]:
         print(f"{step.node.name:<15} {step.state:<9} {step.why}")
-        steps.append(step)
-    print(*lines(forecast(steps, chosen, home, this_machine())), sep="\n")
+        for line in explain(step) if why or stage else ():
+            print(f"    {line}")
+    if stage is None:
+        print(*lines(forecast(steps, chosen, home, this_machine())), sep="\n")
 
 
 @app.command

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from pipelines import base_model, chat, chatters, convert, evaluate, launchers, prepare, production, suites, train, verdict
 from pipelines.artifacts import Artifact, Damaged, Store, key_of
+from pipelines.changes import Change, changes, origin, origin_of
 from pipelines.recipe import Recipe
 from pipelines.stage import Stage
 from xtuner_core import adapters, registry, trackers
 from xtuner_core.data import formats, packing, templates
 from xtuner_core.optim import optimizers, schedules
+
+TOLD = 3
+"""Changes that one line names."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,46 +97,79 @@ class Planned:
     node: Node
     state: Literal["cached", "will run", "depends"]
     why: str
+    """In a line."""
     key: str | None = None
     artifact: Artifact | None = None
+    changes: tuple[Change, ...] = ()
+    """All that changed since `last`; of a node that depends on others, beside them."""
+    last: Artifact | None = None
+    """What the node made in the recipe's last run; perhaps it is cleaned up, and only its manifest is there."""
 
 
 def plan(recipe: Recipe, store: Store) -> Iterator[Planned]:
     """Say for every node whether it is cached, will run (and why), or depends on one that will run; errors as those of `check_stages`."""
     check_stages(nodes(recipe), recipe)
     found: dict[str, Artifact] = {}
+    stages = {node.name: node.stage.name for node in nodes(recipe)}
     for node in nodes(recipe):
-        waiting = [source for source in node.inputs.values() if source not in found]
-        if waiting:
-            yield Planned(node, "depends", f"on {', '.join(waiting)}")
-            continue
-        inputs = {name: found[source] for name, source in node.inputs.items()}
+        last = _last(store, recipe, node, {name: stages[source] for name, source in node.inputs.items()})
+        inputs = {name: found[source] for name, source in node.inputs.items() if source in found}
         ingredients = store.ingredients(node.stage, recipe, inputs)
-        key = key_of(ingredients)
-        try:
-            artifact = store.find(node.stage.name, key)
-        except Damaged as damage:
-            yield Planned(node, "will run", f"damaged: {damage}", key)
+        changed = _changed(node, recipe, last, ingredients, inputs)
+        if waiting := [source for source in node.inputs.values() if source not in found]:
+            yield Planned(node, "depends", f"on {', '.join(waiting)}", changes=changed, last=last)
             continue
-        if artifact is None:
-            yield Planned(node, "will run", _what_changed(store, node, ingredients), key)
-        else:
-            found[node.name] = artifact
-            yield Planned(node, "cached", str(artifact.path), key, artifact)
+        step = _look_up(store, node, key_of(ingredients), changed, last)
+        if step.artifact:
+            found[node.name] = step.artifact
+        yield step
 
 
-def _what_changed(store: Store, node: Node, ingredients: dict[str, Any]) -> str:
-    last = store.newest(node.stage.name, ingredients["inputs"])
+def _look_up(store: Store, node: Node, key: str, changed: tuple[Change, ...], last: Artifact | None) -> Planned:
+    try:
+        artifact = store.find(node.stage.name, key)
+    except Damaged as damage:
+        return Planned(node, "will run", f"damaged: {damage}", key, last=last)
+    if artifact:
+        return Planned(node, "cached", str(artifact.path), key, artifact)
+    return Planned(node, "will run", _why(key, changed, last), key, changes=changed, last=last)
+
+
+def _why(key: str, changed: Sequence[Change], last: Artifact | None) -> str:
     if last is None:
         return "never made"
-    before, now = _flat(last.manifest["ingredients"]), _flat(ingredients)
-    changes = [f"{field}: {before.get(field)} → {now.get(field)}" for field in sorted(before | now) if before.get(field) != now.get(field)]
-    return "; ".join(changes[:3]) + (f"; and {len(changes) - 3} more" if len(changes) > 3 else "")
+    if last.manifest["key"] == key:
+        return f"cleaned up: {last.manifest.get('removed', 'its folder is gone')}"
+    more = f"; and {len(changed) - TOLD} more" if len(changed) > TOLD else ""
+    return "; ".join(change.told() for change in changed[:TOLD]) + more
 
 
-def _flat(value: Any, name: str = "") -> dict[str, Any]:
-    if isinstance(value, dict):
-        return {path: leaf for key, child in value.items() for path, leaf in _flat(child, f"{name}.{key}" if name else str(key)).items()}
-    if isinstance(value, list):
-        return {path: leaf for index, child in enumerate(value) for path, leaf in _flat(child, f"{name}[{index}]").items()}
-    return {name: value[:12] if isinstance(value, str) and len(value) == 64 else value}
+def _last(store: Store, recipe: Recipe, node: Node, inputs: Mapping[str, str]) -> Artifact | None:
+    """What the node made last; the inputs' stages tell the evaluation of the base from that of the tuned model."""
+    for artifact in store.recent(node.stage.name):
+        made_from = {name: one["stage"] for name, one in artifact.manifest.get("inputs", {}).items()}
+        if artifact.manifest["recipe"] == recipe.name and made_from == inputs:
+            return artifact
+    return None
+
+
+def _changed(
+    node: Node, recipe: Recipe, last: Artifact | None, ingredients: Mapping[str, Any], inputs: Mapping[str, Artifact]
+) -> tuple[Change, ...]:
+    if last is None:
+        return ()
+    found = changes(origin_of(last.manifest), origin(ingredients, node.stage.files(recipe), inputs))
+    return tuple(change for change in found if change.kind != "input" or change.what in inputs)
+
+
+def explain(step: Planned) -> Iterator[str]:
+    """All that `xtuner plan --why` tells of a node beside its line."""
+    if step.last is not None and step.state != "cached":
+        made = f"{step.last.path.parent.name}/{step.last.path.name} of {step.last.manifest['created'][:16].replace('T', ' ')}"
+        yield f"since {made}:"
+        yield from (f"  {change.kind:<8} {change.told()}" for change in step.changes)
+    if step.state == "depends":
+        if step.last is None:
+            yield "never made by this recipe"
+        elif not step.changes:
+            yield "  nothing of its own changed: it is cached again if what it depends on comes out the same"

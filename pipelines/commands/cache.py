@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from pipelines.artifacts import Store
-    from pipelines.cleanup import Outcome
     from pipelines.inventory import Item
 
 app = App(name="cache", help="The artifact store: what is in it, whether it is whole, and cleaning it up.")
@@ -108,23 +107,13 @@ def gc(
         Only say what would go.
     """
     from pipelines.artifacts import Store
-    from pipelines.cleanup import clean, parse_age, parse_size
+    from pipelines.cleanup import clean, parse_age, parse_size, told
 
     limit, age = parse_size(budget) if budget else None, parse_age(older_than) if older_than else None
     outcome = clean(Store(store), limit, age, print, dry_run)
-    if dry_run:
-        print(*(f"would remove {one.kind} {one.name}: {one.why}" for one in outcome.removed), sep="\n")
+    for one in outcome.removed if dry_run else ():
+        print(f"would remove {one.kind} {one.name}: {one.why}")
     print(told(outcome, dry_run))
-
-
-def told(outcome: Outcome, dry_run: bool = False) -> str:
-    """What a clean-up did, in a line."""
-    from pipelines.forecast import size
-
-    line = f"{len(outcome.removed)} things {'would be' if dry_run else 'were'} removed: {size(outcome.before)} → {size(outcome.after)}"
-    if outcome.budget is None or outcome.after <= outcome.budget:
-        return line
-    return f"{line}; over the budget of {size(outcome.budget)}, since everything that is left is kept (xtuner cache ls says why)"
 
 
 @app.command
@@ -153,3 +142,17 @@ def unpin(key: Key, *, store: StoreDir = DEFAULT_STORE) -> None:
     from pipelines.inventory import unpin as let_go
 
     print(f"{let_go(Store(store), key)} is not pinned any more")
+
+
+@app.command
+def why(key_a: Key, key_b: Key, *, store: StoreDir = DEFAULT_STORE) -> None:
+    """Name everything that makes two artifacts of a stage differ, and whether their bytes do."""
+    from pipelines.artifacts import Artifact, Store
+    from pipelines.changes import changes, origin_of
+    from pipelines.inventory import named
+
+    home = Store(store)
+    one, other = (Artifact(home.root / named(home, key)) for key in (key_a, key_b))
+    for change in changes(origin_of(one.manifest), origin_of(other.manifest)):
+        print(f"{change.kind:<8} {change.told()}")
+    print("their payloads are the same to the byte" if one.digest == other.digest else "their payloads differ")

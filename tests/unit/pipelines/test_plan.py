@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from pipelines import evaluate
+from pipelines import evaluate, prepare
 from pipelines.artifacts import Artifact, Store
-from pipelines.pipeline import STAGES, Planned, check, needed_for, nodes, plan
-from pipelines.recipe import load_recipe
+from pipelines.changes import Origin, changes, origin, origin_of
+from pipelines.cleanup import clean
+from pipelines.pipeline import STAGES, Planned, check, explain, needed_for, nodes, plan
+from pipelines.recipe import PROJECT, load_recipe
 from pipelines.runner import run_until
 from xtuner_core.errors import DataError, RecipeError, UserError
 
 TINY = "qwen3_tiny_full_openai"
+
+
+def made_from(stage: str) -> dict[str, Any]:
+    return {"inputs": {"model": {"stage": stage, "key": "k", "payload_digest": "d"}}, "key": stage}
+
+
 TOOK = {"metrics": {}, "seconds": 1.0, "files": []}
 DATA = ("data.train=data/openai_chats/heldout.jsonl",)
 
@@ -59,45 +70,112 @@ def test_plan_names_the_key_that_the_run_then_makes(prepared_store: Store) -> No
 
 
 def test_a_changed_setting_is_named_with_before_and_after(prepared_store: Store) -> None:
-    assert planned(prepared_store, "data.pack_length=2048")["prepare"].why == "settings.data.pack_length: 1024 → 2048"
+    assert planned(prepared_store, "data.pack_length=2048")["prepare"].why == "data.pack_length: 1024 → 2048"
 
 
 def test_a_change_of_the_base_says_so_and_the_rest_depends(prepared_store: Store) -> None:
     steps = planned(prepared_store, "seed=43")
-    assert steps["base"].why == "settings.seed: 42 → 43"
+    assert steps["base"].why == "seed: 42 → 43"
     assert states(steps) == ["will run"] + ["depends"] * 7
 
 
-def test_a_changed_file_is_named_by_its_digest(prepared_store: Store, tmp_path: Path) -> None:
-    data = tmp_path / "more.jsonl"
+def test_files_are_named_by_their_paths(prepared_store: Store, tmp_path: Path) -> None:
+    data, moved = tmp_path / "more.jsonl", tmp_path / "moved.jsonl"
     data.write_text('[{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]\n')
-    before, after = artifact(prepared_store, "prepare").manifest["ingredients"]["files"][0], prepared_store.file_digest(data)
-    assert planned(prepared_store, f"data.train={data}")["prepare"].why == f"files[0]: {before[:12]} → {after[:12]}"
-    shipped = Path(__file__).parents[3] / "data/openai_chats/heldout.jsonl"
-    assert planned(prepared_store, f"data.train={shipped},{data}")["prepare"].why == (
-        f"files[1]: None → {after[:12]}; settings.inputs[1]: None → train .jsonl as auto × 1.0"
-    )
+    shipped = PROJECT / "data/openai_chats/heldout.jsonl"
+    before, more = (prepared_store.file_digest(file)[:12] for file in (shipped, data))
+    other = planned(prepared_store, f"data.train={data}")["prepare"]
+    assert [change.told() for change in other.changes] == [
+        f"{data}: added ({more})", f"data/openai_chats/heldout.jsonl: removed ({before})",
+    ]  # fmt: skip
+    added = planned(prepared_store, f"data.train={shipped},{data}")["prepare"]
+    assert [(change.kind, change.what, change.before) for change in added.changes] == [
+        ("file", str(data), None),
+        ("setting", "inputs", None),
+    ]
+    shutil.copy(shipped, moved)
+    assert planned(prepared_store, f"data.train={moved}")["prepare"].state == "cached", "its place decides nothing"
+    run_until("prepare", load_recipe(TINY, [f"data.train={moved}"]), prepared_store, print)
+    moved.write_bytes(data.read_bytes())
+    run_until("prepare", load_recipe(TINY, [f"data.train={data}"]), prepared_store, print)
+    data.write_text(data.read_text() * 2)
+    now = prepared_store.file_digest(data)[:12]
+    assert planned(prepared_store, f"data.train={data}")["prepare"].why == f"{data}: changed ({more} → {now})"
+
+
+def test_what_depends_tells_its_own_changes_or_that_it_may_stay_cached(prepared_store: Store) -> None:
+    recipe = load_recipe(TINY, [*DATA])
+    stage = needed_for("train", recipe)[-1].stage
+    small = replace(stage, run=lambda recipe, work: {}, resumable=False)
+    inputs = {"base": artifact(prepared_store, "base"), "data": artifact(prepared_store, "prepare")}
+    made = prepared_store.produce(small, recipe, inputs, print).artifact
+    step = planned(prepared_store, "data.pack_length=2048")["train"]
+    assert (step.state, step.why, step.changes, step.last) == ("depends", "on prepare", (), made)
+    assert list(explain(step))[-1] == "  nothing of its own changed: it is cached again if what it depends on comes out the same"
+    step = planned(prepared_store, "data.pack_length=2048", "train.lr=0.5")["train"]
+    assert list(explain(step))[1:] == ["  setting  train.lr: 0.005 → 0.5"]
+
+
+def test_another_input_a_library_and_a_stage_s_version_are_named(prepared_store: Store) -> None:
+    recipe, base = load_recipe(TINY, [*DATA]), artifact(prepared_store, "base")
+    manifest = artifact(prepared_store, "prepare").manifest
+    ingredients = json.loads(json.dumps(manifest["ingredients"]))
+    ingredients["inputs"]["base"], ingredients["version"] = "0" * 64, 99
+    ingredients["libraries"] |= {"numpy": "0.1"}
+    now = origin(ingredients, prepare.files_of(recipe), {"base": base})
+    assert [(change.kind, change.told()) for change in changes(origin_of(manifest), now)] == [
+        ("input", f"base: base/{base.path.name} → base/{base.path.name}"),
+        ("library", f"numpy: {manifest['ingredients']['libraries']['numpy']} → 0.1"),
+        ("stage", f"version of the stage's code: {manifest['ingredients']['version']} → 99"),
+    ]
+
+
+def test_what_was_cleaned_up_says_so(prepared_store: Store) -> None:
+    clean(prepared_store, 0, None, print)
+    steps = planned(prepared_store)
+    assert steps["base"].why == "cleaned up: over the budget of 0 B"
+    assert list(explain(steps["prepare"]))[-1].startswith("  nothing of its own changed")
+
+
+def test_another_recipe_s_artifacts_are_no_measure(prepared_store: Store) -> None:
+    assert planned(prepared_store, "name=mine", "data.pack_length=2048")["prepare"].why == "never made"
+
+
+LISTS = [
+    ({"a": [1, 2]}, {"a": [2, 3]}, ["a: removed (1)", "a: added (3)"]),
+    ({"a": [1, 2]}, {"a": [2, 1]}, ["a: [1, 2] → [2, 1]"]),
+    ({"a": [{"name": "x", "n": 1}, {"name": "y"}]}, {"a": [{"name": "y"}, {"name": "x", "n": 2}]}, ["a.x.n: 1 → 2"]),
+    ({"a": {"b": None}}, {"a": {"b": {"c": 1}}}, ["a.b: None → {'c': 1}"]),
+    ({"a": 1}, {"b": "f" * 64}, ["a: 1 → None", "b: None → ffffffffffff"]),
+    ({"a": "x" * 200}, {"a": ""}, [f"a: {'x' * 100}… → "]),
+]
+
+
+@pytest.mark.parametrize(("before", "now", "told"), LISTS)
+def test_settings_differ_field_by_field(before: dict[str, Any], now: dict[str, Any], told: list[str]) -> None:
+    def of(settings: dict[str, Any]) -> Origin:
+        return Origin({"settings": settings, "inputs": {}, "libraries": {}, "stage": "x", "version": 1}, [], {})
+
+    assert [change.told() for change in changes(of(before), of(now))] == told
 
 
 def test_of_many_changes_the_first_three_are_named(prepared_store: Store) -> None:
     why = planned(prepared_store, "data.pack_length=2048", "data.max_length=512", "data.max_rejected=0.5", "model.template=chatml")[
         "prepare"
     ].why
-    assert why == (
-        "settings.data.max_length: 1024 → 512; settings.data.max_rejected: 0.0 → 0.5; settings.data.pack_length: 1024 → 2048; and 1 more"
-    )
+    assert why == ("data.max_length: 1024 → 512; data.max_rejected: 0.0 → 0.5; data.pack_length: 1024 → 2048; and 1 more")
 
 
 def test_an_evaluation_is_compared_with_the_last_one_of_the_same_model(prepared_store: Store) -> None:
     recipe, base = load_recipe(TINY, [*DATA]), artifact(prepared_store, "base")
     of_base = prepared_store.ingredients(evaluate.STAGE, recipe, {"model": base})
-    for name, day, ingredients in (("base", 1, of_base), ("tuned", 2, {**of_base, "inputs": {"model": "0" * 64}})):
+    files = [{"path": "chats.jsonl", "sha256": digest} for digest in of_base["files"]]
+    for name, day, source in (("base", 1, "base"), ("tuned", 2, "convert")):
         folder = prepared_store.root / "eval" / name
         folder.mkdir(parents=True)
-        (folder / "manifest.json").write_text(
-            json.dumps({"stage": "eval", "recipe": TINY, "created": f"2026-01-0{day}", "ingredients": ingredients, **TOOK})
-        )
-    assert planned(prepared_store, "eval.limit=5")["eval-base"].why == "settings.limit: None → 5"
+        manifest = {"recipe": TINY, "created": f"2026-01-0{day}", "ingredients": of_base, "input_files": files}
+        (folder / "manifest.json").write_text(json.dumps(manifest | made_from(source) | TOOK))
+    assert planned(prepared_store, "eval.limit=5")["eval-base"].why == "limit: None → 5"
 
 
 @pytest.mark.parametrize(
