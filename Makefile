@@ -16,13 +16,14 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DO_NOT_TRACK=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: help demo up down test test-fast lint format env clean
+.PHONY: help demo up down test test-fast screenshots lint format env clean
 
 help:
 	@echo "make demo       fine-tune, judge and try a real model on this machine's CPU"
 	@echo "make up         Prefect's server, worker and schedules on this machine; PORT=... AUTH=user:password"
 	@echo "make down       stop exactly those"
 	@echo "make test       every test       make test-fast   without the slow ones"
+	@echo "make screenshots  pictures of Prefect's pages for the docs, with Chromium"
 	@echo "make lint       ruff, pyright    make format      ruff format"
 	@echo "make clean      remove the environments (artifacts stay)"
 	@echo "TORCH_INDEX_URL=...  where pip finds torch, for the small CPU build say"
@@ -44,6 +45,10 @@ test: env
 
 test-fast: $(READY)
 	$(PYTEST) -m "not slow"
+
+# A service of its own with tiny runs; about three minutes.
+screenshots: $(READY)
+	$(BIN)/python docs/screenshots.py
 
 lint: $(READY)
 	$(BIN)/ruff check .
