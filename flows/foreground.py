@@ -1,9 +1,11 @@
 """One part of the service in the foreground, for what starts it again when it ends or the machine does: systemd, a container engine.
 
-    python -m flows.foreground server|worker|watch|deploy --recipe RECIPE --store STORE --home HOME --port PORT
+    python -m flows.foreground server|worker|watch|deploy
+
+Settings come by environment (deploy/service.env.example) or as options.
 
 `deploy` ends when prefect.yaml is deployed; the others when they are stopped by SIGTERM (0) or by themselves (1). The worker's flow runs
-are stopped before it, and save their checkpoints, which takes up to RUN_GRACE_SECONDS. Passwords come by environment, as for `xtuner up`.
+are stopped before it, and save their checkpoints, which takes up to RUN_GRACE_SECONDS.
 """
 
 from __future__ import annotations
@@ -15,9 +17,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
-from cyclopts import App
+from cyclopts import App, Parameter
 
 from flows.service import (
     AUTH,
@@ -46,10 +48,10 @@ LOCK_SECONDS = 60
 def run(
     part: Literal["server", "worker", "watch", "deploy"],
     *,
-    recipe: str,
-    store: Path = Path("artifacts"),
-    home: Path = DEFAULT_HOME,
-    port: int = PORT,
+    recipe: Annotated[str, Parameter(env_var="XTUNER_RECIPE")],
+    store: Annotated[Path, Parameter(env_var="XTUNER_STORE")] = Path("artifacts"),
+    home: Annotated[Path, Parameter(env_var="XTUNER_HOME")] = DEFAULT_HOME,
+    port: Annotated[int, Parameter(env_var="XTUNER_PORT")] = PORT,
 ) -> int:
     """Start the part and stay until it ends or is stopped; the exit code.
 

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from flows.service import Service, down, environment_of, is_healthy, locked, settle, start
-from tests.service.conftest import free_port
+from flows.service import Service, environment_of, is_healthy, read
+from tests.service.conftest import TINY, free_port
 
 PASSWORD = "canary-of-the-database"
 FLOW = """
@@ -68,31 +68,32 @@ def postgres() -> Iterator[str]:
             server.wait(60)
 
 
-def server_on(url: str, home: Path) -> Service:
-    with locked(home):
-        service = start(settle(home, free_port(), None, url), "server")
-    deadline = time.monotonic() + 180
-    while not is_healthy(service):
-        assert service.pids and time.monotonic() < deadline, (home / "server.log").read_text()
-        time.sleep(0.2)
-    return service
+@contextmanager
+def server_on(url: str, home: Path) -> Iterator[Service]:
+    """In the foreground, as systemd starts it; SIGTERM ends it."""
+    settings = {"RECIPE": TINY, "STORE": home / "store", "HOME": home, "PORT": free_port(), "DATABASE_URL": url}
+    environment = {**os.environ, **{f"XTUNER_{name}": str(value) for name, value in settings.items()}}
+    with subprocess.Popen([sys.executable, "-m", "flows.foreground", "server"], env=environment) as foreground:
+        deadline = time.monotonic() + 180
+        try:
+            while not ((service := read(home)) and is_healthy(service)):
+                assert foreground.poll() is None and time.monotonic() < deadline, (home / "server.log").read_text()
+                time.sleep(0.2)
+            yield service
+        finally:
+            foreground.terminate()
+            assert foreground.wait(60) == 0
+    assert not service.pids
 
 
 @pytest.mark.slow
 def test_runs_overlap_on_postgresql_and_its_password_stays_in_one_file(tmp_path: Path) -> None:
     with postgres() as url:
-        service = server_on(url, tmp_path)
-        try:
-            runs = [
-                subprocess.Popen(
-                    [sys.executable, "-c", FLOW], env=environment_of(service), stdout=subprocess.PIPE, stderr=subprocess.STDOUT
-                )
-                for _ in range(2)
-            ]
+        with server_on(url, tmp_path) as service:
+            command, environment = [sys.executable, "-c", FLOW], environment_of(service)
+            runs = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) for _ in range(2)]
             told = [run.communicate(timeout=300)[0].decode() for run in runs]
             assert [run.returncode for run in runs] == [0, 0], told
-        finally:
-            down(tmp_path)
         assert "locked" not in (tmp_path / "server.log").read_text()
         assert not list(tmp_path.rglob("*.db")), "the history is in PostgreSQL, not in SQLite"
         holding = [file for file in tmp_path.rglob("*") if file.is_file() and PASSWORD.encode() in file.read_bytes()]
