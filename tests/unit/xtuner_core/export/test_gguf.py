@@ -362,5 +362,8 @@ def test_a_real_model(smollm2_folder: Path, tmp_path: Path) -> None:
     import_gguf(tmp_path / "m.gguf", tmp_path / "again")
     again = load_file(tmp_path / "again" / "model.safetensors")
     assert again.keys() == kept.keys() and all(torch.equal(again[name], kept[name]) for name in kept)
+    import_gguf(tmp_path / "m.gguf", tmp_path / "twice")
+    for file in (tmp_path / "again").iterdir():
+        assert (tmp_path / "twice" / file.name).read_bytes() == file.read_bytes(), "an import is the same bytes each time"
     for name in ("tokenizer.json", "chat_template.jinja"):
         assert (tmp_path / "again" / name).read_bytes() == (folder / name).read_bytes()

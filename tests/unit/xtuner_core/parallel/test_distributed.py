@@ -27,6 +27,8 @@ from xtuner_core.data.loader import load_step
 from xtuner_core.data.order import packs_of_step
 from xtuner_core.data.pack import whole_documents
 from xtuner_core.data.tokenize import Tokenized
+from xtuner_core.parallel.mesh import World
+from xtuner_core.signals import StopRequest
 
 pytestmark = pytest.mark.slow
 
@@ -150,7 +152,7 @@ def test_two_runs_in_deterministic_mode_have_the_same_bytes(runs: Runs) -> None:
 
 
 def test_a_rank_that_cannot_read_its_data_ends_all_with_its_error_and_the_next_run_goes_on(
-    runs: Runs, new_run: NewRun, uneven: Path, tmp_path: Path
+    runs: Runs, new_run: NewRun, uneven: Path, tmp_path: Path, world: World, stop: StopRequest
 ) -> None:
     lost = Path(shutil.copytree(uneven, tmp_path / "lost"))  # what the second rank sees: a file that its third step needs went away
     file = lost / "documents" / f"{packs_of_step(PackedDataset(uneven), 2, BATCH, SEED)[1]:05}" / "ids.bin"
@@ -169,7 +171,7 @@ def test_a_rank_that_cannot_read_its_data_ends_all_with_its_error_and_the_next_r
     kept = newest(folder)
     assert len(losses(folder)) == 2 and kept and kept.name in ("step-1", "step-2")
     (folder / "metrics.jsonl").unlink()
-    train_in_turn(2, folder)
+    trainer.train(SftConfig.model_validate_json(shared), world, stop)
     assert_same(losses(folder), losses(runs.one)[int(kept.name[5:]) :])
 
 
