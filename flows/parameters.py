@@ -15,6 +15,7 @@ DEMO = "smollm2_135m_instruct_lora_tickets_e3"
 """What runs when nothing else is asked for."""
 
 ShippedName = Annotated[str, Field(title="A shipped recipe", json_schema_extra={"enum": list(shipped_names())})]
-RecipeFile = Annotated[str, Field(title="A recipe's file", pattern=r"\.ya?ml$")]
-AskedRecipe = ShippedName | RecipeFile | Recipe
+RecipeFile = Annotated[str, Field(title="A recipe's file", min_length=1)]
+WholeRecipe = Annotated[Recipe, Field(title="The whole recipe")]
+AskedRecipe = ShippedName | RecipeFile | WholeRecipe
 Trigger = Literal["hand", "schedule", "new-data"]

@@ -8,15 +8,29 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, GetJsonSchemaHandler, model_validator
 
 from xtuner_core.registry import Word
+
+_ALTERNATIVES = {"null": "not set", "string": "text", "integer": "number", "array": "list"}
 
 
 class Config(BaseModel):
     """Base of every section: immutable, and an unknown field is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, model_title_generator=lambda kind: kind.__name__.removesuffix("Config")
+    )
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core: Any, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        """With a word for each alternative of a field: a form shows them side by side."""
+        schema = handler(core)
+        for field in handler.resolve_ref_schema(schema).get("properties", {}).values():
+            for alternative in field.get("anyOf", ()):
+                if "type" in alternative:
+                    alternative.setdefault("title", _ALTERNATIVES.get(alternative["type"], alternative["type"]))
+        return schema
 
 
 def _split_paths(value: Any) -> Any:
