@@ -241,7 +241,8 @@ def _warnings(told: Forecast, recipe: Recipe, made: Mapping[str, Artifact], mach
     model, packs = model_of(recipe, made.get("base")), packs_of(made.get("prepare"))
     if training.state != "cached" and model:
         load = load_of(recipe.train, recipe.data.pack_length, recipe.data.max_length, packs)
-        yield from warnings(recipe.train, memory(model, recipe.train, load, machine.device), machine)
+        here = recipe.train.processes // recipe.launch.nodes
+        yield from warnings(recipe.train, here, memory(model, recipe.train, load, machine.device), machine)
     for stage in told.to_come:
         if stage is not training and machine.device == "cpu" and (stage.figures.memory or 0) > machine.memory:
             yield f"{stage.node} needs {_gib(stage.figures.memory)}, more than the {machine.memory / GIB:.1f} GiB that this machine has."

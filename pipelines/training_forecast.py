@@ -111,13 +111,14 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} s"
 
 
-def warnings(train: TrainConfig, needed: Memory, machine: Machine) -> Iterator[str]:
-    """What will probably fail or be slow on this machine."""
+def warnings(train: TrainConfig, processes: int, needed: Memory, machine: Machine) -> Iterator[str]:
+    """What will probably fail or be slow on this machine, which runs so many of the processes; others are taken to be like it."""
     cuda = machine.device == "cuda"
-    there = machine.memory if cuda else machine.memory / train.processes
+    there = machine.memory if cuda else machine.memory / processes
     if needed.total > there:
-        what = "of a GPU here" if cuda else f"that this machine has{' for each process' if train.processes > 1 else ''}"
+        what = "of a GPU here" if cuda else f"that this machine has{' for each process' if processes > 1 else ''}"
         yield (f"train needs {needed.told()}, more than the {there / GIB:.1f} GiB {what}. Try {'; '.join(advice(train, machine.device))}.")
-    if train.processes > machine.processors:
+    if processes > machine.processors:
         what = "GPUs; each process needs one" if cuda else "cores; more processes than cores only make training slower"
-        yield f"train.processes is {train.processes}, and this machine has {machine.processors} {what}."
+        asked = "train.processes is" if processes == train.processes else "train.processes for each of launch.nodes are"
+        yield f"{asked} {processes}, and this machine has {machine.processors} {what}."
