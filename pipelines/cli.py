@@ -110,10 +110,10 @@ def plan(
     from pipelines.forecast import forecast, lines, this_machine
     from pipelines.pipeline import explain
     from pipelines.pipeline import plan as make_plan
-    from pipelines.retraining import recipe_of_today
+    from pipelines.retraining import as_of_today, asked, beginning
 
-    home = Store(store)
-    chosen = recipe_of_today(recipe, overrides, home)
+    home, written = Store(store), asked(recipe, overrides)
+    chosen = as_of_today(written, home)
     steps = list(make_plan(chosen, home))
     if stage is not None and stage not in (known := [step.node.name for step in steps]):
         raise RecipeError(f"{stage}: no stage of this run; they are {', '.join(known)}.")
@@ -123,6 +123,8 @@ def plan(
             print(f"    {line}")
     if stage is None:
         print(*lines(forecast(steps, chosen, home, this_machine())), sep="\n")
+        if written.retrain.start == "production":
+            print(beginning(written, home).why)
 
 
 @app.command
