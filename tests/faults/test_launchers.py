@@ -140,7 +140,7 @@ def _cancelled_and_continued(train_with: Callable[..., Work], changes: list[str]
     first, second = Operator(cancel), Operator()
     work = train_with(first, changes)
     assert first.lines[-1] == "interrupted" and nothing_runs()
-    assert newest(work.scratch / "checkpoints")
+    assert newest(work.scratch)
     assert digest(train_with(second, changes, work)) == one_machine
     assert any("resum" in line for line in second.lines), second.lines
 
@@ -148,7 +148,7 @@ def _cancelled_and_continued(train_with: Callable[..., Work], changes: list[str]
 SLURM_CONF = """
 ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
-SlurmctldPort={ports[0]}
+SlurmctldPort={controller}
 SlurmUser=root
 AuthType=auth/munge
 AuthInfo=socket={folder}/munge.socket
@@ -160,21 +160,24 @@ SlurmdPidFile={folder}/slurmd-%n.pid
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 MpiDefault=none
-NodeName=localhost NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[1]} CPUs=1
-NodeName={host} NodeHostname={host} NodeAddr=127.0.0.1 Port={ports[2]} CPUs=1
+NodeName=127.0.0.[1-2] NodeHostname={host} NodeAddr=127.0.0.1 Port=[{nodes}-{last}] CPUs=1
 PartitionName=all Nodes=ALL Default=YES State=UP
 """
 
 
 def slurm_cluster(folder: Path, cluster: ExitStack) -> Path:
-    """Two nodes on this machine, under names that it knows itself by; its settings."""
+    """Two nodes on this machine, each named by an address of it; the file of settings."""
     host, conf = socket.gethostname().partition(".")[0], folder / "slurm.conf"
-    conf.write_text(SLURM_CONF.format(host=host, folder=folder, ports=[free_port() for _ in range(3)]))
+    conf.write_text(SLURM_CONF.format(host=host, folder=folder, controller=free_port(), nodes=(first := free_port()), last=first + 1))
     (folder / "key").write_bytes(os.urandom(128))
     (folder / "key").chmod(0o600)
     files = {"key-file": "key", "socket": "munge.socket", "pid-file": "munged.pid", "seed-file": "seed", "log-file": "munged.log"}
     munged = ["munged", "--foreground", "--force", *(f"--{name}={folder / file}" for name, file in files.items())]
-    for daemon in (munged, ["slurmctld", "-D", "-f", conf], *(["slurmd", "-D", "-f", conf, "-N", node] for node in ("localhost", host))):
+    for daemon in (
+        munged,
+        ["slurmctld", "-D", "-f", conf],
+        *(["slurmd", "-D", "-f", conf, "-N", node] for node in ("127.0.0.1", "127.0.0.2")),
+    ):
         with open(folder / "daemons.log", "ab") as log:
             process = subprocess.Popen(daemon, stdout=log, stderr=log, start_new_session=True)
         cluster.callback(process.wait, 60)
