@@ -5,6 +5,7 @@ python docs/screenshots.py [NAME ...]      all pictures, or only these
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 from PIL import Image
 
@@ -19,7 +21,7 @@ DOCS = Path(__file__).resolve().parent
 RECIPE = DOCS.parent / "tests" / "service" / "tiny.yaml"
 KEY = "tiny-service"
 WIDTH = 1400
-HEIGHTS = {"run": 1250, "form": 1500, "artifacts": 1100, "model-card": 1700, "report": 1900, "alerts": 700}
+HEIGHTS = {"run": 1250, "form": 1020, "recipe": 2000, "artifacts": 1100, "model-card": 1700, "report": 1900, "alerts": 700}
 """Picture → its height; docs/ui-NAME.png."""
 COLOURS = 128
 RENDER_MILLISECONDS = 15_000
@@ -68,6 +70,7 @@ def work() -> Mapping[str, Callable[[], str]]:
     return {
         "run": lambda: cached,
         "form": lambda: f"/deployments/deployment/{deployment()}/run",
+        "recipe": lambda: f"/deployments/deployment/{deployment()}/run?parameters={whole_recipe()}",
         "artifacts": lambda: "/artifacts",
         "model-card": lambda: artifact(f"{KEY}-model-card"),
         "report": lambda: artifact(f"{KEY}-report", newest=False),
@@ -80,6 +83,13 @@ def deployment() -> str:
 
     with get_client(sync_client=True) as client:
         return str(client.read_deployment_by_name("finetune-flow/finetune-flow").id)
+
+
+def whole_recipe() -> str:
+    """The recipe with all its fields, as the form takes what it begins with."""
+    from pipelines.recipe import load_recipe
+
+    return quote(json.dumps({"recipe": load_recipe(str(RECIPE)).model_dump(mode="json")}))
 
 
 def artifact(key: str, newest: bool = True) -> str:
