@@ -20,6 +20,7 @@ from prefect.states import Completed, Failed
 from flows.caching import ended_in, failed
 from flows.cluster import fill_cache, require_runner
 from flows.labels import label, run_name
+from flows.live import signs_of_life
 from flows.news import nothing_to_learn
 from flows.parameters import DEMO, AskedRecipe, Trigger
 from flows.promoting import conclude, found_again, made_before
@@ -28,9 +29,9 @@ from flows.reporting.summary import faults, summarize, table
 from flows.tasks import task_of
 from pipelines import prepare
 from pipelines.artifacts import Artifact, Result, Store
-from pipelines.pipeline import check, nodes
+from pipelines.pipeline import check, nodes, plan
 from pipelines.recipe import Recipe
-from pipelines.retraining import as_of_today, asked
+from pipelines.retraining import as_of_today, asked, recipe_of_today
 from xtuner_core.durable import write_json
 from xtuner_core.errors import BUG, DataError, Interrupted, UserError
 
@@ -104,8 +105,10 @@ def run(
     json: Path | None = None,
 ) -> int:
     """Run the flow once and report; returns the exit code."""
+    changes, home = tuple(overrides or ()), store.resolve()
     try:
-        state = finetune_flow(recipe, tuple(overrides or ()), store.resolve(), return_state=True)
+        with signs_of_life(not _is_cached(recipe, changes, Store(home))):
+            state = finetune_flow(recipe, changes, home, return_state=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -125,6 +128,10 @@ def run(
         return DataError.exit_code
     print(f"{state.message}\nTalk to it: xtuner chat {_model(summary)}")
     return 0
+
+
+def _is_cached(recipe: str, changes: tuple[str, ...], store: Store) -> bool:
+    return all(step.state == "cached" for step in plan(recipe_of_today(recipe, changes, store), store))
 
 
 def _model(summary: dict[str, Any]) -> Path:

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any, cast
 from uuid import UUID
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
-from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, PREFECT_FLOWS_HEARTBEAT_FREQUENCY, temporary_settings
 
 from pipelines.stage import Log, Progress
 
 UPDATE_SECONDS = 5.0
 _LEVELS: Mapping[str, int] = {"warning: ": logging.WARNING, "error: ": logging.ERROR}
 Logger = logging.Logger | logging.LoggerAdapter[Any]
+
+
+@contextmanager
+def signs_of_life(wanted: bool) -> Iterator[None]:
+    """Whether flow runs in the block send heartbeats; what ends at once does without: Prefect 3.8 waits a second for their thread."""
+    with temporary_settings({} if wanted and PREFECT_API_URL.value() else {PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None}):
+        yield
 
 
 def by_level(logger: Logger) -> Log:
