@@ -179,7 +179,7 @@ def trained_on(store: Store, name: str, made: Mapping[str, Artifact]) -> list[di
 
 
 def find(store: Store, text: str) -> Version:
-    """The version that `NAME@NUMBER` means; of `NAME` alone the one in production, or the newest while there is none.
+    """The version that `NAME@NUMBER` or `NAME@production` means; of `NAME` alone the one in production, or the newest while there is none.
 
     Raises:
         RecipeError: there is no such model or version; the message lists what there is.
@@ -190,6 +190,10 @@ def find(store: Store, text: str) -> Version:
         raise RecipeError(f"{text}: no such model in {store.root}; known: {', '.join(names(store)) or 'none'}.")
     if not at:
         return production(store, name) or known[-1]
+    if number == "production":
+        if version := production(store, name):
+            return version
+        raise RecipeError(f"{text}: no version of {name} is in production.")
     for version in known:
         if number.isdecimal() and version.number == int(number):
             return version

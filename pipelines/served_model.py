@@ -50,6 +50,20 @@ def model_folder(path: Path) -> Path:
     )
 
 
+def named_model(text: str, store: Path) -> Path:
+    """The folder of the version that NAME@NUMBER or NAME@production means in the store's registry; any other text is a path.
+
+    Raises:
+        RecipeError: there is no such model or version.
+    """
+    if "@" not in text or Path(text).exists():
+        return Path(text)
+    from pipelines import promotion
+    from pipelines.artifacts import Store
+
+    return promotion.folder(Store(store), promotion.find(Store(store), text)) / "model"
+
+
 def _holding(path: Path, file: str, name: str) -> Path | None:
     """Which of `path` and the places where an artifact, or its payload, keeps `name` holds `file`."""
     folders = (path, path / "payload" / name, path / name)

@@ -45,7 +45,12 @@ _INSTEAD = {
 
 @app.default
 def chat(
-    target: Annotated[str, Parameter(help="A recipe (runs the smoke test), or a model folder or convert artifact (talk to it).")] = "",
+    target: Annotated[
+        str,
+        Parameter(
+            help="A recipe (runs the smoke test); or a model folder, a convert artifact, NAME@NUMBER or NAME@production (talk to it)."
+        ),
+    ] = "",
     *,
     overrides: Overrides = None,
     store: StoreDir = DEFAULT_STORE,
@@ -86,13 +91,15 @@ def chat(
     _refuse(old)
     if not target and not url:
         raise RecipeError("name a recipe, a model folder, or with --url a server.")
+    from pipelines.served_model import named_model
     from pipelines.terminal.conversation import Options, converse
 
     options = Options(system, adapter, prompt_template, chatter, url, max_tokens, temperature, top_p, seed)
-    if Path(target).is_dir() or not target:
-        if overrides or store != DEFAULT_STORE:
+    model = named_model(target, store)
+    if model.is_dir() or not target:
+        if overrides or (store != DEFAULT_STORE and model == Path(target)):
             raise RecipeError("--set and --store are for the smoke test of a recipe; this is a conversation with a model.")
-        converse(Path(target), options)
+        converse(model, options)
         return
     if given := [item.name.replace("_", "-") for item in fields(Options) if getattr(options, item.name) != item.default]:
         raise RecipeError(

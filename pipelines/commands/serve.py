@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Annotated
 from cyclopts import App, Parameter
 from cyclopts.types import PositiveInt
 
+from pipelines.commands.recipe_options import DEFAULT_STORE, StoreDir
+
 if TYPE_CHECKING:
     from pipelines.chatters import Endpoint
 
@@ -20,7 +22,7 @@ POLL_SECONDS = 1
 
 @app.default
 def serve(
-    model: Annotated[Path, Parameter(help="A model folder, or a convert artifact.")],
+    model: Annotated[str, Parameter(help="A model folder, a convert artifact, or NAME@NUMBER or NAME@production of the registry.")],
     *,
     adapter: Path | None = None,
     host: str = "127.0.0.1",
@@ -28,6 +30,7 @@ def serve(
     chatter: str = "auto",
     token_file: Path | None = None,
     start_timeout: PositiveInt = 900,
+    store: StoreDir = DEFAULT_STORE,
 ) -> None:
     """Serve a model by OpenAI's protocol until Ctrl-C.
 
@@ -51,17 +54,18 @@ def serve(
     from pipelines import chatters
     from pipelines.chatters import Request
     from pipelines.chatters._server import require_safe, usable_port
-    from pipelines.served_model import model_to_serve
+    from pipelines.served_model import model_to_serve, named_model
     from xtuner_core.errors import RecipeError
 
     token = token_file.read_text(encoding="utf-8", errors="replace").strip() if token_file else os.environ.get(TOKEN) or None
     if chatter == "openai":
         raise RecipeError("chatter openai is a server that runs already; to serve a model choose another one.")
     start = chatters.choose(chatter).serve
-    require_safe(Request(model, host, port, token))  # before an adapter is merged, which may take minutes
+    chosen = named_model(model, store)
+    require_safe(Request(chosen, host, port, token))  # before an adapter is merged, which may take minutes
     usable_port(port, host)
     try:
-        with model_to_serve(model, adapter) as folder, TemporaryDirectory(prefix="xtuner-serve-") as logs:
+        with model_to_serve(chosen, adapter) as folder, TemporaryDirectory(prefix="xtuner-serve-") as logs:
             log_file = Path(logs, "server.log")
             print(f"loading {folder}; the server's output: {log_file}", flush=True)
             request = Request(folder, host, port, token, start_timeout)

@@ -15,6 +15,7 @@ from pipelines import promotion
 from pipelines.artifacts import Store
 from pipelines.promotion import Version
 from pipelines.recipe import load_recipe
+from pipelines.served_model import named_model
 from tests.unit.pipelines.registry import RECIPE, in_use, registered, result
 from xtuner_core.errors import DataError, RecipeError
 
@@ -59,8 +60,12 @@ def test_the_same_bytes_judged_otherwise_are_another_version(store: Store) -> No
 def test_a_name_finds_the_version_in_use_else_the_newest(store: Store) -> None:
     first, second = registered(store, "one"), registered(store, "two")
     assert promotion.find(store, "tickets") == second
+    with pytest.raises(RecipeError, match="no version of tickets is in production"):
+        promotion.find(store, "tickets@production")
     promote(store, first)
-    assert promotion.find(store, "tickets") == first
+    assert promotion.find(store, "tickets") == promotion.find(store, "tickets@production") == first
+    assert (named_model("tickets@production", store.root) / "weights").read_text() == "convert of one"
+    assert named_model("some/folder", store.root) == Path("some/folder")
     assert promotion.find(store, "tickets@2") == promotion.find(store, "tickets@0002") == second
 
 
