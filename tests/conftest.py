@@ -31,7 +31,8 @@ settings.load_profile("busy machine")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Tests that share what their module makes once stay on one worker; all others go to whichever is free."""
     for item in items:
-        if isinstance(item, pytest.Function) and "module" in _scopes(item):
+        named = item.get_closest_marker("xdist_group")  # by a folder's own conftest.py, which came first; two names would make a third
+        if named is None and isinstance(item, pytest.Function) and "module" in _scopes(item):
             item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(PROJECT))))
 
 

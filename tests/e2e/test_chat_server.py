@@ -100,7 +100,7 @@ def test_a_failed_verdict_is_a_result_not_an_error(learned: Path, tmp_path: Path
         "chat.must_stop=true",
         "chat.min_correct=0.5",
         "chat.max_tokens=13",
-    # "shipping desk" has 13 bytes: its end comes too late
+        # "shipping desk" has 13 bytes: its end comes too late
     )
     metrics, work, lines = _run(learned, tmp_path / "out", MISTAKEN, REFUND, PARCEL, settings=settings)
     assert (metrics["passed"], metrics["total"], metrics["ok"]) == (2, 3, False)
