@@ -100,6 +100,8 @@ def _follow(recipe: Recipe, store: Store, version: Version) -> str:
     match decision:
         case "reject":
             promotion.reject(store, version, "gate", version.faults)
+        case "promote" if promotion.judged_against_another(store, recipe, version.name):
+            get_run_logger().warning("another version went into production while %s was judged; it stays a candidate", version.title)
         case "promote":
             promotion.promote(store, version, "gate", "the gate and the chat test passed")
         case "ask" if deployment.id:

@@ -231,6 +231,13 @@ def decide(recipe: Recipe, version: Version, now: Status) -> Decision:
     return "promote" if recipe.promotion.when == "gate" else "ask"
 
 
+def judged_against_another(store: Store, recipe: Recipe, name: str) -> bool:
+    """Whether the run compared its model with a version of the registry that is not in production any more."""
+    compared = Path(recipe.eval.production or "")
+    in_use = production(store, name)
+    return compared.parent.parent == home(store, name) / "versions" and (in_use is None or compared.parent != folder(store, in_use))
+
+
 def register(
     store: Store, recipe: Recipe, made: Mapping[str, Artifact], gate: bool, faults: str, scores: Mapping[str, Any], by: str = "run"
 ) -> Version:

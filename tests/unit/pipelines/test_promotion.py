@@ -145,6 +145,14 @@ def test_what_the_recipe_wants(store: Store) -> None:
     assert promotion.decide(wanted["gate"], good, promotion.status(store, good)) == "keep"
 
 
+def test_a_comparison_with_a_version_that_is_not_in_use_any_more_is_known(store: Store) -> None:
+    first, second = registered(store, "one"), registered(store, "two")
+    promote(store, first)
+    compared = {version.number: str(promotion.folder(store, version) / "model") for version in (first, second)}
+    recipes = [load_recipe("qwen3_tiny_full_openai", [f"eval.production={value}"]) for value in ("null", "data", *compared.values())]
+    assert [promotion.judged_against_another(store, recipe, "tickets") for recipe in recipes] == [False, False, False, True]
+
+
 def test_the_version_in_use_cannot_be_rejected(store: Store) -> None:
     promote(store, version := registered(store, "one"))
     with pytest.raises(RecipeError, match="xtuner rollback tickets"):
