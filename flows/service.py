@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from json import loads
@@ -26,6 +26,7 @@ import psutil
 from cyclopts import App, Parameter
 from filelock import FileLock, Timeout
 
+from flows.ending import end, living, marked
 from pipelines.processes import tail
 from pipelines.recipe import PROJECT, load_recipe, recipe_file, shipped_names
 from xtuner_core.durable import write_json
@@ -72,7 +73,7 @@ class Service:
     @property
     def pids(self) -> dict[str, int]:
         """Of the parts that run now."""
-        return {name: pid for name, (pid, created) in self.started.items() if _process(pid, created)}
+        return {name: pid for name, (pid, created) in self.started.items() if living(pid, created)}
 
     @property
     def environment(self) -> dict[str, str]:
@@ -136,34 +137,32 @@ def settle(home: Path, port: int | None, auth: str | None, database: str | None)
         raise RecipeError(f"DATABASE_URL must begin with {' or '.join(DATABASES)}, as in {DATABASES[0]}USER:PASSWORD@HOST/NAME.")
     before, database = read(home), database or kept_secret(home, "database")
     running = before is not None and "server" in before.pids
-    if before and running and (port or before.port, auth or before.auth, database) != (before.port, before.auth, before.database):
-        told = f"the server runs already on port {before.port}, with its own AUTH and DATABASE_URL"
-        raise RecipeError(f"{told}. Stop it first: make down (xtuner down).")
+    wanted = (port or before.port, auth or before.auth, database) if before else ()
+    if before and running and wanted != (before.port, before.auth, before.database):
+        raise RecipeError(
+            f"the server runs already on port {before.port}, with its own AUTH and DATABASE_URL. Stop it first: make down (xtuner down)."
+        )
     if before and running:
         return before
     if port is not None and not _is_free(port):
         raise RecipeError(f"port {port} is taken by another program. Choose another one (PORT=), or none: then the next free one is taken.")
     kept = before.port if before and _is_free(before.port) else None
-    return Service(
-        home, port or kept or _free_port(PORT), Path(), "", before.started if before else {}, auth or (before and before.auth), database
-    )
+    started, before_auth = (before.started, before.auth) if before else ({}, None)
+    return Service(home, port or kept or free_port_from(PORT), Path(), "", started, auth or before_auth, database)
 
 
 def _is_free(port: int) -> bool:
     with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        return probe.connect_ex((HOST, port)) != 0 and _binds(probe, port)
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # as the server does: what was just closed is free
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True
 
 
-def _binds(probe: socket.socket, port: int) -> bool:
-    try:
-        probe.bind((HOST, port))
-    except OSError:
-        return False
-    return True
-
-
-def _free_port(first: int) -> int:
+def free_port_from(first: int) -> int:
+    """The first that nobody has."""
     return next(port for port in range(first, 65536) if _is_free(port))
 
 
@@ -255,7 +254,7 @@ def down(home: Path) -> list[str]:
         if service is None:
             return []
         stopped = stop(service, tuple(PARTS))
-        _end(_marked(home), GRACE_SECONDS)
+        end(marked(MARK, str(home)), GRACE_SECONDS)
         for file in ("service.json", "auth"):
             (home / file).unlink(missing_ok=True)
         return stopped
@@ -263,76 +262,17 @@ def down(home: Path) -> list[str]:
 
 def stop(service: Service, names: Collection[str]) -> list[str]:
     """End these parts, and with the worker its flow runs, which come first and save checkpoints; says what was stopped."""
-    living = {name: process for name, (pid, created) in service.started.items() if (process := _process(pid, created))}
-    parts = {name: process for name, process in living.items() if name in names}
-    runs = [process for process in _marked(service.home) if process not in living.values()] if "worker" in names else []
+    alive = {name: process for name, (pid, created) in service.started.items() if (process := living(pid, created))}
+    parts = {name: process for name, process in alive.items() if name in names}
+    runs = [process for process in marked(MARK, str(service.home)) if process not in alive.values()] if "worker" in names else []
     if "worker" in parts:
         parts["worker"].suspend()  # it must take no new run, nor hurry the running ones
-    _end(runs, RUN_GRACE_SECONDS)
+    end(runs, RUN_GRACE_SECONDS)
     for name in reversed(PARTS):
         if name in parts:
             parts[name].resume()
-            _end([parts[name]], GRACE_SECONDS)
+            end([parts[name]], GRACE_SECONDS)
     return [*(["flow runs"] if runs else []), *parts]
-
-
-def _process(pid: int, created: float) -> psutil.Process | None:
-    """The living process that has this id and was created then; ids are used again."""
-    try:
-        process = psutil.Process(pid)
-    except psutil.NoSuchProcess:
-        return None
-    return process if abs(process.create_time() - created) < 0.01 and _runs(process) else None
-
-
-def _marked(home: Path) -> list[psutil.Process]:
-    """Every process that was started by a part of the service, directly or not."""
-    return [process for process in psutil.process_iter() if _mark(process) == str(home)]
-
-
-def _mark(process: psutil.Process) -> str | None:
-    try:
-        return process.environ().get(MARK)
-    except psutil.Error:
-        return None
-
-
-def _end(processes: list[psutil.Process], grace: float) -> None:
-    """SIGTERM to those that none of the others will tell, and SIGKILL to what is left after `grace` seconds."""
-    ids = {process.pid for process in processes}
-    for process in processes:
-        if _parent(process) not in ids:
-            _tell(process, signal.SIGTERM)
-    for process in _left_after(grace, processes):
-        _tell(process, signal.SIGKILL)
-    _left_after(GRACE_SECONDS, processes)
-
-
-def _left_after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that still run then; not waited for longer than needed. (psutil's own wait also waits until the parent collects them.)"""
-    deadline = time.monotonic() + seconds
-    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    return left
-
-
-def _runs(process: psutil.Process) -> bool:
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
-def _parent(process: psutil.Process) -> int | None:
-    try:
-        return process.ppid()
-    except psutil.Error:
-        return None
-
-
-def _tell(process: psutil.Process, number: signal.Signals) -> None:
-    with suppress(psutil.NoSuchProcess):
-        process.send_signal(number)
 
 
 @contextmanager

@@ -1,0 +1,70 @@
+"""Processes that outlived the program that started them: found by id and time of creation, or by a mark; and ended in order."""
+
+from __future__ import annotations
+
+import signal
+import time
+from contextlib import suppress
+
+import psutil
+
+KILL_SECONDS = 15
+
+
+def living(pid: int, created: float) -> psutil.Process | None:
+    """The living process that has this id and was created then; ids are used again."""
+    try:
+        process = psutil.Process(pid)
+    except psutil.NoSuchProcess:
+        return None
+    return process if abs(process.create_time() - created) < 0.01 and _runs(process) else None
+
+
+def marked(variable: str, value: str) -> list[psutil.Process]:
+    """Every process in whose environment `variable` has this value: what a process so started has started itself, too."""
+    return [process for process in psutil.process_iter() if _variable(process, variable) == value]
+
+
+def _variable(process: psutil.Process, name: str) -> str | None:
+    try:
+        return process.environ().get(name)
+    except psutil.Error:
+        return None
+
+
+def end(processes: list[psutil.Process], grace: float) -> None:
+    """SIGTERM to those that none of the others will tell, and SIGKILL to what is left after `grace` seconds."""
+    ids = {process.pid for process in processes}
+    for process in processes:
+        if _parent(process) not in ids:
+            _tell(process, signal.SIGTERM)
+    for process in _left_after(grace, processes):
+        _tell(process, signal.SIGKILL)
+    _left_after(KILL_SECONDS, processes)
+
+
+def _left_after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that still run then; not waited for longer than needed. (psutil's own wait also waits until the parent collects them.)"""
+    deadline = time.monotonic() + seconds
+    while (left := [process for process in processes if _runs(process)]) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return left
+
+
+def _runs(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def _parent(process: psutil.Process) -> int | None:
+    try:
+        return process.ppid()
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _tell(process: psutil.Process, number: signal.Signals) -> None:
+    with suppress(psutil.NoSuchProcess):
+        process.send_signal(number)
