@@ -69,7 +69,11 @@ def late_runs(client: SyncPrefectClient, seconds: float) -> dict[str, str]:
         next_scheduled_start_time=FlowRunFilterNextScheduledStartTime(before_=due),
     )
     late = client.read_flow_runs(flow_run_filter=chosen, sort=FlowRunSort.EXPECTED_START_TIME_ASC)
-    return {f"late {run.id}": f"{run.name} should have begun at {_at(run.next_scheduled_start_time)} and has not" for run in late}
+    names: dict[UUID | None, str] = {one.id: f"of deployment {one.name} " for one in client.read_deployments()} if late else {}
+    return {
+        f"late {run.id}": f"run {run.name} {names.get(run.deployment_id, '')}should have begun at {_at(run.next_scheduled_start_time)}"
+        for run in late
+    }
 
 
 def barren_schedules(client: SyncPrefectClient) -> dict[str, str]:
