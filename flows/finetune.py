@@ -64,7 +64,7 @@ def finetune_flow(
     if idle:
         return idle
     with board(today, home) as shown:
-        results, ended = found_again(earlier, home) if earlier else run_stages(today, home, shown)
+        results, ended = found_again(today, earlier, home) if earlier else run_stages(today, home, shown)
         if ended:
             return ended
         shown.results.update(results)

@@ -30,6 +30,7 @@ from flows.caching import failed, finished
 from flows.reporting.board import slug
 from pipelines import promotion
 from pipelines.artifacts import Artifact, Damaged, Result, Store
+from pipelines.pipeline import nodes
 from pipelines.promotion import Entry, Version
 from pipelines.recipe import Recipe
 from xtuner_core.errors import DataError, UserError
@@ -52,11 +53,12 @@ def made_before(store: Store) -> Version | None:
     return promotion.find(store, str(title)) if title else None
 
 
-def found_again(version: Version, store: Store) -> tuple[dict[str, Result], State[Any] | None]:
+def found_again(recipe: Recipe, version: Version, store: Store) -> tuple[dict[str, Result], State[Any] | None]:
     """The version's artifacts, each shown as `Cached`; and the state of the first one that is not as it was."""
     results: dict[str, Result] = {}
-    for node, reference in version.artifacts.items():
-        state = _found.with_options(name=node, task_run_name=node)(version, reference, store, return_state=True)
+    order = {node.name: place for place, node in enumerate(nodes(recipe))}
+    for node in sorted(version.artifacts, key=lambda node: order.get(node, len(order))):
+        state = _found.with_options(name=node, task_run_name=node)(version, version.artifacts[node], store, return_state=True)
         outcome = state.result(raise_on_failure=False)
         if not isinstance(outcome, Result):
             return results, failed(outcome) if isinstance(outcome, UserError) else state
