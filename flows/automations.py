@@ -1,7 +1,7 @@
 """What the server does when a process dies without a word: `make up` installs these rules.
 
 A flow run that gives no more sign of life becomes Crashed, and a crashed one runs again: finished stages are found in the store, training
-goes on from its checkpoint. A run gets ATTEMPTS attempts; one that crashes before its flow begins (`run-count` 0) gets one more an hour.
+goes on from its checkpoint. A run gets ATTEMPTS attempts; one that dies before its flow begins (`run-count` 0) gets one more.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ ATTEMPTS = 3
 FLOW = "finetune-flow"
 
 
-def installed(pool: str) -> tuple[AutomationCore, ...]:
+def rules(pool: str) -> tuple[AutomationCore, ...]:
     """The rules, for runs of work pool `pool`: in it someone is there to run them again."""
     return (
-        _crashed_if_silent("heartbeat", timedelta(seconds=3 * HEARTBEAT_SECONDS)),
-        _crashed_if_silent("Pending", timedelta(minutes=10)),
+        crashed_if_silent("heartbeat", timedelta(seconds=3 * HEARTBEAT_SECONDS)),
+        crashed_if_silent("Pending", timedelta(minutes=10)),
         _again(pool),
     )
 
 
-def _crashed_if_silent(last: str, seconds: timedelta) -> AutomationCore:
+def crashed_if_silent(last: str, seconds: timedelta) -> AutomationCore:
     """Whatever a run does is an event; a deployment's, whose heartbeats prefect.toml sets, sends at least those."""
     return AutomationCore(
         name=f"finetune: no sign of life after {last}",
@@ -73,7 +73,7 @@ def _related(role: str, name: str) -> dict[str, str | list[str]]:
 
 async def install(client: PrefectClient, pool: str) -> None:
     """Create the rules that are missing and replace those that read otherwise; one that was switched off by hand stays off."""
-    for rule in installed(pool):
+    for rule in rules(pool):
         found = await client.read_automations_by_name(rule.name)
         if not found:
             await client.create_automation(rule)
