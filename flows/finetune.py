@@ -14,7 +14,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 from cyclopts import App, Parameter
-from prefect import State, flow
+from prefect import State, flow, get_run_logger
 from prefect.states import Completed, Failed
 
 from flows.caching import ended_in, failed
@@ -29,6 +29,7 @@ from flows.reporting.summary import faults, summarize, table
 from flows.tasks import task_of
 from pipelines import prepare
 from pipelines.artifacts import Artifact, Result, Store
+from pipelines.forecast import forecast_of, lines
 from pipelines.pipeline import check, nodes, plan
 from pipelines.recipe import Recipe
 from pipelines.retraining import as_of_today, asked, recipe_of_today
@@ -78,8 +79,16 @@ def finetune_flow(
     return Completed(message=f"all stages are whole; {told}", data=(summary, table(results)))
 
 
+def foretell(recipe: Recipe, store: Store) -> None:
+    """Log what the run will take, and warn of what will not fit, before it starts."""
+    log = get_run_logger()
+    for line in lines(forecast_of(recipe, store)):
+        (log.warning if line.startswith("warning: ") else log.info)(line)
+
+
 def run_stages(recipe: Recipe, store: Store, shown: Board) -> tuple[dict[str, Result], State[Any] | None]:
     """What the stages made or found, in order, and the state of the one that ended the run before its end."""
+    foretell(recipe, store)
     results: dict[str, Result] = {}
     made: dict[str, Artifact] = {}
     deadline = time.monotonic() + 3600 * recipe.timeout_hours if recipe.timeout_hours else None

@@ -49,14 +49,18 @@ class Damaged(Exception):
 
 
 class Hold:
-    """The artifact is in use, and so not cleaned up, for as long as this object lives; the kernel ends it with the process."""
+    """The artifact is in use, and so not cleaned up, for as long as this object lives; the kernel ends it with the process.
+
+    `use`: this counts as its last use.
+    """
 
     _mark = -1
 
-    def __init__(self, artifact: Path) -> None:
+    def __init__(self, artifact: Path, use: bool = True) -> None:
         self._mark = os.open(artifact / USED, os.O_RDWR | os.O_CREAT, 0o666)
         fcntl.flock(self._mark, fcntl.LOCK_SH)
-        os.utime(self._mark)
+        if use:
+            os.utime(self._mark)
 
     def __del__(self) -> None:
         if self._mark >= 0:

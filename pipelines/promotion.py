@@ -6,7 +6,8 @@ STORE/models/<name>/versions/<0001>/version.json     what the version is: its ar
                    /history.jsonl                    who did what when, and why
                    /.intent.json                     the line of the history that belongs to a change of the link, until it is there
 
-A run's result becomes a version once; what is a version, or was one in production, is never removed by `xtuner cache gc`.
+A run's result becomes a version once. `xtuner cache gc` keeps the artifacts of the version in production, of the one before it and of the
+newest one (pipelines/inventory.py); of older versions only the files above and the manifests.
 All links are relative, so that the store may be moved. The link `production` is the truth; killing at any instant leaves the old one or
 the new one, and the history complete: the intent tells what a killed process had done but not written down.
 """
@@ -25,7 +26,7 @@ from typing import Any, Literal
 
 from filelock import FileLock
 
-from pipelines.artifacts import Artifact, Damaged, Store, is_sealed, sealed
+from pipelines.artifacts import Artifact, Damaged, Hold, Store, is_sealed, sealed
 from pipelines.recipe import Recipe
 from xtuner_core.durable import publish, remove, sync_directory, write_bytes, write_json
 from xtuner_core.errors import DataError, RecipeError
@@ -224,7 +225,7 @@ def status(store: Store, version: Version) -> Status:
 
 def decide(recipe: Recipe, version: Version, now: Status) -> Decision:
     """What the recipe wants done with a version that its run has made; what a person has taken out or rejected stays so."""
-    if not version.gate:
+    if now == "rejected" and not version.gate:
         return "reject"
     if now != "candidate" or recipe.promotion.when == "never":
         return "keep"
@@ -361,12 +362,21 @@ def _publish(store: Store, version: Version) -> Version:
 
 def _put(store: Store, version: Version, what: Literal["promoted", "rolled back"], by: str, why: str) -> None:
     """Write down what will be done, do it, write it into the history."""
+    hold = _held(store, version)
     require_whole(store, version)
     place = home(store, version.name)
     entry = Entry(_now(), version.number, what, by, why)
     write_json(place / ".intent.json", asdict(entry))
     _link(place / "production", f"versions/{version.number:04d}")
+    del hold
     _settle(store, version.name)
+
+
+def _held(store: Store, version: Version) -> Hold | None:
+    """A clean-up that had chosen the exported model leaves it alone from now on, or has removed it already."""
+    made = version.artifacts["convert"]
+    folder = store.root / made["stage"] / made["key"]
+    return Hold(folder) if folder.is_dir() else None
 
 
 def _settle(store: Store, name: str) -> None:

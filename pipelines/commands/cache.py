@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 from cyclopts import App, Parameter
@@ -10,7 +11,6 @@ from pipelines.commands.recipe_options import DEFAULT_STORE, StoreDir
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
     from pipelines.artifacts import Store
     from pipelines.inventory import Item
@@ -156,3 +156,19 @@ def why(key_a: Key, key_b: Key, *, store: StoreDir = DEFAULT_STORE) -> None:
     for change in changes(origin_of(one.manifest), origin_of(other.manifest)):
         print(f"{change.kind:<8} {change.told()}")
     print("their payloads are the same to the byte" if one.digest == other.digest else "their payloads differ")
+
+
+@app.command
+def backup(folder: Path, *, home: Path | None = None, store: StoreDir = DEFAULT_STORE) -> None:
+    """Copy what is new in the store to FOLDER/store, which is a store itself, and the service's database to FOLDER/prefect.db.
+
+    Parameters
+    ----------
+    home
+        The service's home, if not the project's.
+    """
+    from pipelines.artifacts import Store
+    from pipelines.backup import back_up
+    from pipelines.recipe import PROJECT
+
+    back_up(Store(store), home or PROJECT / ".service", folder, print)

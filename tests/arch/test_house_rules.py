@@ -303,5 +303,5 @@ def test_plan_answers_at_once_without_torch(recipe: str, tmp_path: Path) -> None
     assert told[0].split()[:3] == ["base", "will", "run"]
     facts = json.loads(told[-1])
     assert facts["code"] == 0
-    assert not {"torch", "transformers", "peft", "prefect", "matplotlib"} & set(facts["modules"])
+    assert not {"torch", "transformers", "peft", "prefect", "matplotlib", "numpy"} & set(facts["modules"])
     assert facts["cpu"] <= 1.0
