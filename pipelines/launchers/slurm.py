@@ -49,7 +49,7 @@ def command(job: Job) -> list[str]:
     srun = ["srun", f"--job-name={job.name}", "--dependency=singleton", f"--nodes={asked.nodes}", "--ntasks-per-node=1"]
     srun += [f"{name}={value}" for name, value in given.items() if value is not None]
     # The rest get as long as a checkpoint takes once one agent has ended; --signal reaches them before the time limit.
-    srun += [f"--wait={SHUTDOWN_SECONDS}", "--signal=TERM@60", "--unbuffered", *asked.slurm.options]
+    srun += [f"--wait={SHUTDOWN_SECONDS}", "--signal=TERM@60", *asked.slurm.options]
     return [*srun, sys.executable, "-m", __name__, *torchrun(meeting(job, None), job)]
 
 

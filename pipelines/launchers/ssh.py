@@ -1,9 +1,9 @@
 """Several machines that ssh reaches without asking for a password: this one and `launch.hosts`.
 
-As a program: python -m pipelines.launchers.ssh HOST,HOST COMMAND... runs the command here and, under a supervisor, on every host, until
-all have ended. Sent SIGTERM it stops the command here; the processes of a training agree on that among themselves, so that the others
-save the same checkpoint and end by themselves, or are ended a little later. If the connection breaks, the supervisor there ends what it
-started.
+As a program: python -m pipelines.launchers.ssh HOST,HOST ADDRESS LOG COMMAND... runs the command here and, under a supervisor, on every
+host, until all have ended; their output joins LOG. Sent SIGTERM it stops the command here; the processes of a training agree on that
+among themselves, so that the others save the same checkpoint and end by themselves, or are ended a little later. If the connection breaks,
+the supervisor there ends what it started.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def check(launch: LaunchConfig) -> None:
 
 def command(job: Job) -> list[str]:
     here = torchrun(meeting(job, job.launch.rendezvous), job)
-    return [sys.executable, "-m", __name__, ",".join(job.launch.hosts), str(job.launch.rendezvous).partition(":")[0], *here]
+    return [sys.executable, "-m", __name__, ",".join(job.launch.hosts), str(job.launch.rendezvous).partition(":")[0], str(job.log), *here]
 
 
 def environment(job: Job) -> dict[str, str]:
@@ -50,13 +50,16 @@ def described(job: Job) -> str:
     return f"{job.processes} processes, {job.per_node} each on this machine and on {', '.join(job.launch.hosts)}"
 
 
-def on_host(host: str, agent: Sequence[str], environment: Mapping[str, str]) -> list[str]:
-    """The ssh command that runs an agent there, with the few variables it needs; a terminal (-tt), so that a broken connection is told."""
+def on_host(host: str, agent: Sequence[str], environment: Mapping[str, str], log: str) -> list[str]:
+    """The ssh command that runs an agent there, with the few variables it needs.
+
+    It has a terminal (-tt), so that a broken connection is told, but writes to the log: not to something that may be gone.
+    """
     settings = [f"{name}={value}" for name, value in carried(environment).items()]
     supervised = [sys.executable, "-I", supervisor.__file__, str(SHUTDOWN_SECONDS + 2)]
     there = ["env", *settings, *supervised, *_known_as(host.rpartition("@")[2], agent)]
     quiet = ["-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "ServerAliveInterval=15"]
-    return ["ssh", "-tt", *quiet, "--", host, shlex.join(there)]
+    return ["ssh", "-tt", *quiet, "--", host, f"{shlex.join(there)} >> {shlex.quote(log)} 2>&1"]
 
 
 def _known_as(address: str, agent: Sequence[str]) -> list[str]:
@@ -91,8 +94,8 @@ def _end(process: subprocess.Popen[bytes], deadline: float) -> None:
 
 
 def main() -> int:
-    hosts, address, *agent = sys.argv[1:]
-    return together(_known_as(address, agent), [on_host(host, agent, os.environ) for host in hosts.split(",")])
+    hosts, address, log, *agent = sys.argv[1:]
+    return together(_known_as(address, agent), [on_host(host, agent, os.environ, log) for host in hosts.split(",")])
 
 
 if __name__ == "__main__":

@@ -71,12 +71,13 @@ def test_torchrun(tmp_path: Path, programs: Path) -> None:
 def test_ssh(programs: Path) -> None:
     wanted = job(nodes=2, rendezvous="node1:29400", hosts=["me@node2"])
     agent = [*TORCHRUN, *meet(2, "--rdzv-endpoint=node1:29400"), "--nproc-per-node=2", *ENGINE]
-    assert ssh.command(wanted) == [sys.executable, "-m", "pipelines.launchers.ssh", "me@node2", "node1", *agent]
-    *program, host, there = ssh.on_host("me@node2", agent, {"OMP_NUM_THREADS": "3; rm -rf /", "WANDB_API_KEY": "canary"})
+    log = str(CONFIG.with_name("train.log"))
+    assert ssh.command(wanted) == [sys.executable, "-m", "pipelines.launchers.ssh", "me@node2", "node1", log, *agent]
+    *program, host, there = ssh.on_host("me@node2", agent, {"OMP_NUM_THREADS": "3; rm -rf /", "WANDB_API_KEY": "canary"}, "/a b/log")
     assert program == ["ssh", "-tt", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "ServerAliveInterval=15", "--"]
     assert host == "me@node2"
     begin = f"env 'OMP_NUM_THREADS=3; rm -rf /' PYTHONUNBUFFERED=1 {sys.executable} -I {SUPERVISOR} 22 {sys.executable}"
-    assert there.startswith(f"{begin} -m torch.distributed.run --local-addr=node2 --nnodes=2 ")
+    assert there.startswith(f"{begin} -m torch.distributed.run --local-addr=node2 --nnodes=2 ") and there.endswith(" >> '/a b/log' 2>&1")
 
 
 def test_slurm(programs: Path) -> None:
@@ -85,7 +86,7 @@ def test_slurm(programs: Path) -> None:
     agent = [*TORCHRUN, "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-id={NAME}", "--rdzv-conf=join_timeout=1800", "--nproc-per-node=2"]
     assert slurm.command(wanted) == [
         "srun", f"--job-name={NAME}", "--dependency=singleton", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=16",
-        "--gpus-per-node=2", "--mem=64G", "--time=90", "--partition=gpu", "--account=team", "--wait=20", "--signal=TERM@60", "--unbuffered",
+        "--gpus-per-node=2", "--mem=64G", "--time=90", "--partition=gpu", "--account=team", "--wait=20", "--signal=TERM@60",
         "--qos=high", "--exclusive", sys.executable, "-m", "pipelines.launchers.slurm", *agent, *ENGINE,
     ]  # fmt: skip
     on_node = slurm.on_this_node([*agent, *ENGINE], {"SLURM_JOB_ID": "123456", "SLURMD_NODENAME": "node8"}, "node7")
