@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ from xtuner_core.errors import BUG, DataError, Interrupted, UserError, from_exit
 
 GRACE_SECONDS = 25
 """Longer than the launcher's own shutdown, shorter than Prefect's 30 s."""
+_KILLED = "Signal 9 (SIGKILL)"
+"""What torchrun says of a rank that was killed."""
 
 
 WATCHED = ("metrics.jsonl", "validation.jsonl", "samples.jsonl", "profile", "tensorboard", "wandb", "mlflow", "trackio")
@@ -97,9 +100,11 @@ def _failure(outcome: Path, status: int, log_file: Path, nodes: int) -> UserErro
         return from_exit_code(told["code"], f"training: {told['message']}")
     except (OSError, ValueError, KeyError):
         told = f"training ended with status {status} and no outcome. The end of {log_file}:\n{tail(log_file, 25)}"
-        if nodes == 1:
-            return from_exit_code(BUG, told)
-        return Interrupted(f"{told}\nA machine was lost, or did not come in time; run the same command again to continue.")
+        if nodes > 1:
+            return Interrupted(f"{told}\nA machine was lost, or did not come in time; run the same command again to continue.")
+        if status == -signal.SIGKILL or _KILLED in told:
+            return Interrupted(f"{told}\nA process of it was killed, perhaps for want of memory; run the same command again to continue.")
+        return from_exit_code(BUG, told)
 
 
 def _summary(record: Path) -> Metrics:

@@ -11,7 +11,7 @@ import pytest
 from pipelines import pipeline, train
 from pipelines.recipe import PROJECT, load_recipe
 from pipelines.stage import Work
-from xtuner_core.errors import RecipeError
+from xtuner_core.errors import Interrupted, RecipeError, UserError
 
 
 def test_steps_that_were_left_out_are_counted_and_their_documents_named(
@@ -70,3 +70,16 @@ def test_a_tracker_is_looked_for_before_the_first_stage(monkeypatch: pytest.Monk
     monkeypatch.setattr("xtuner_core.trackers.wandb.PACKAGE", "nosuchpackage")
     with pytest.raises(RecipeError, match="wandb needs a package that is not installed: pip install nosuchpackage"):
         pipeline.check(load_recipe("qwen3_tiny_full_openai", ("train.trackers=wandb",)))
+
+
+@pytest.mark.parametrize(
+    ("status", "said", "kind"),
+    [(1, "Signal 9 (SIGKILL) received by PID 7", Interrupted), (-9, "", Interrupted), (1, "IndexError: 5", UserError)],
+)
+def test_a_training_that_was_killed_is_to_be_run_again_and_one_that_broke_is_not(
+    status: int, said: str, kind: type[UserError], tmp_path: Path
+) -> None:
+    (tmp_path / "train.log").write_text(f"Step 1/2\n{said}\n")
+    told = train._failure(tmp_path / "outcome.json", status, tmp_path / "train.log", nodes=1)
+    assert type(told) is kind and said in str(told)
+    assert told.exit_code == (75 if kind is Interrupted else 70)
