@@ -6,6 +6,7 @@ STORE ?= artifacts
 RECIPE ?= smollm2_135m_instruct_lora_tickets_e3
 PORT ?=
 AUTH ?=
+DATABASE_URL ?=
 
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
@@ -16,13 +17,14 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 TEST_ENV := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false DO_NOT_TRACK=1
 PYTEST := $(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup
 
-.PHONY: help demo up down test test-fast screenshots lint format env clean
+.PHONY: help demo up down test test-fast chaos screenshots lint format env clean
 
 help:
 	@echo "make demo       fine-tune, judge and try a real model on this machine's CPU"
-	@echo "make up         Prefect's server, worker and schedules on this machine; PORT=... AUTH=user:password"
+	@echo "make up         Prefect's server, worker and schedules on this machine; PORT=... AUTH=user:password DATABASE_URL=postgresql+asyncpg://..."
 	@echo "make down       stop exactly those"
 	@echo "make test       every test       make test-fast   without the slow ones"
+	@echo "make chaos      kill -9 everything in every stage (half an hour)"
 	@echo "make screenshots  pictures of Prefect's pages for the docs, with Chromium"
 	@echo "make lint       ruff, pyright    make format      ruff format"
 	@echo "make clean      remove the environments (artifacts stay)"
@@ -33,6 +35,7 @@ demo: env
 
 # The password goes by the environment: arguments can be read by others on this machine.
 up: export XTUNER_AUTH := $(AUTH)
+up: export XTUNER_DATABASE_URL := $(DATABASE_URL)
 up: env
 	@$(BIN)/xtuner up --recipe $(RECIPE) --store $(STORE) $(if $(PORT),--port $(PORT))
 
@@ -45,6 +48,10 @@ test: env
 
 test-fast: $(READY)
 	$(PYTEST) -m "not slow"
+
+# One after the other: each cell starts and kills parts of the same service.
+chaos: $(READY)
+	$(TEST_ENV) $(BIN)/python -m pytest tests/chaos -m chaos
 
 # A service of its own with tiny runs; about three minutes.
 screenshots: $(READY)
