@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -27,8 +27,9 @@ from typing import Any, Literal
 from filelock import FileLock
 
 from pipelines.artifacts import Artifact, Damaged, Hold, Store, is_sealed, sealed
+from pipelines.model_history import Entry, succession, write_line, written
 from pipelines.recipe import Recipe
-from xtuner_core.durable import publish, remove, sync_directory, write_bytes, write_json
+from xtuner_core.durable import publish, remove, sync_directory, write_json
 from xtuner_core.errors import DataError, RecipeError
 
 Status = Literal["candidate", "rejected", "production", "retired"]
@@ -59,17 +60,6 @@ class Version:
     @property
     def title(self) -> str:
         return f"{self.name}@{self.number}"
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A line of a model's history."""
-
-    at: str
-    version: int
-    what: Literal["registered", "promoted", "rejected", "rolled back"]
-    by: str
-    why: str
 
 
 def model_name(recipe: Recipe) -> str:
@@ -207,7 +197,7 @@ def history(store: Store, name: str) -> list[Entry]:
     Raises:
         DataError: another line cannot be read.
     """
-    entries = _written(home(store, name) / "history.jsonl")
+    entries = written(home(store, name) / "history.jsonl")
     intent = _intent(store, name)
     return [*entries, intent] if intent and intent not in entries else entries
 
@@ -310,17 +300,6 @@ def rollback(store: Store, name: str, by: str, why: str) -> Version:
         return version
 
 
-def succession(entries: Sequence[Entry]) -> list[int]:
-    """The versions that rolling back goes through, the one in production last."""
-    order: list[int] = []
-    for entry in entries:
-        if entry.what == "rolled back":
-            del order[-1:]
-        elif entry.what == "promoted":
-            order.append(entry.version)
-    return order
-
-
 def require_whole(store: Store, version: Version) -> None:
     """Read every byte of the exported folder again.
 
@@ -383,8 +362,8 @@ def _settle(store: Store, name: str) -> None:
     """Bring the history up to what the link says, as far as a process that was killed left that undone."""
     place = home(store, name)
     intent = _intent(store, name)
-    if intent and intent not in _written(place / "history.jsonl"):
-        _write_line(place / "history.jsonl", intent)
+    if intent and intent not in written(place / "history.jsonl"):
+        write_line(place / "history.jsonl", intent)
     (place / ".intent.json").unlink(missing_ok=True)
 
 
@@ -405,30 +384,7 @@ def _number_in_production(store: Store, name: str) -> int | None:
 
 
 def _append(store: Store, version: Version, what: Literal["registered", "rejected"], by: str, why: str) -> None:
-    _write_line(home(store, version.name) / "history.jsonl", Entry(_now(), version.number, what, by, why))
-
-
-def _write_line(file: Path, entry: Entry) -> None:
-    """Append; a torn line before it is cut off."""
-    rows = file.read_bytes() if file.exists() else b""
-    if torn := len(rows.rpartition(b"\n")[2]):
-        write_bytes(file, rows[:-torn])
-    with open(file, "a", encoding="utf-8") as lines:
-        lines.write(json.dumps(asdict(entry), ensure_ascii=False) + "\n")
-        lines.flush()
-        os.fsync(lines.fileno())
-
-
-def _written(file: Path) -> list[Entry]:
-    rows = file.read_bytes().split(b"\n")[:-1] if file.exists() else []
-    return [_entry(file, number, row) for number, row in enumerate(rows, 1)]
-
-
-def _entry(file: Path, number: int, row: bytes) -> Entry:
-    try:
-        return Entry(**json.loads(row))
-    except (ValueError, TypeError) as error:
-        raise DataError(f"{file}:{number}: not a line of the history ({error}). Restore it from a backup, or mend the line.") from None
+    write_line(home(store, version.name) / "history.jsonl", Entry(_now(), version.number, what, by, why))
 
 
 def _link(link: Path, target: str) -> None:

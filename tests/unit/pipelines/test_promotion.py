@@ -138,6 +138,7 @@ def test_what_the_recipe_wants(store: Store) -> None:
         "approval": "ask",
     }
     assert {promotion.decide(recipe, bad, "rejected") for recipe in wanted.values()} == {"reject"}
+    assert {promotion.decide(recipe, bad, "production") for recipe in wanted.values()} == {"keep"}, "a person wanted it all the same"
     promotion.reject(store, good, "Ada", "off topic")
     promotion.reject(store, good, "Bob", "once more")
     assert states(store) == ["rejected", "rejected"]
