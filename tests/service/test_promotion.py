@@ -11,6 +11,7 @@ from typing import Any
 from uuid import UUID
 
 import psutil
+import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 
@@ -21,7 +22,10 @@ from pipelines.promotion import Version
 from pipelines.recipe import PROJECT
 from tests.service.conftest import TINY
 
-SECONDS = 400
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+SECONDS = 900
+"""For one run on a busy machine."""
 
 
 def start(service: Service, model: str, *changes: str) -> UUID:
