@@ -261,3 +261,36 @@ def test_an_interrupted_stage_ends_in_one_line_and_leaves_no_child(number: signa
     assert children
     assert not any(child.is_running() and child.status() != psutil.STATUS_ZOMBIE for child in children)
     assert not (tmp_path / "base").exists()
+
+
+# The store --------------------------------------------------------------------------------------------------------------------------
+
+
+def test_cache_lists_pins_compares_backs_up_and_cleans(store: Path, tmp_path: Path) -> None:
+    base, prepared = (folder_of(store, stage).name for stage in ("base", "prepare"))
+    listed = xtuner("cache", "ls", "--store", store)
+    assert [line.split()[:2] for line in listed.stdout.splitlines()[1:-1] if line.startswith("artifact")] == [
+        ["artifact", f"prepare/{prepared}"], ["artifact", f"base/{base}"],
+    ]  # fmt: skip
+    assert xtuner("cache", "pin", base[:6], "--why", "for tests", "--store", store).stdout == f"base/{base} is pinned\n"
+    assert xtuner("cache", "backup", tmp_path / "copy", "--home", tmp_path, "--store", store).stdout.startswith("2 artifacts are new")
+    cleaned = xtuner("cache", "gc", "--budget", "1kB", "--store", store)
+    assert (cleaned.returncode, (store / "prepare" / prepared).exists(), (store / "base" / base).exists()) == (0, False, True)
+    assert "all that is left is needed" in cleaned.stdout
+    assert "pinned: for tests" in xtuner("cache", "ls", "--json", "--store", store).stdout
+    assert xtuner("verify", "--store", tmp_path / "copy" / "store").stdout == "2 artifacts are whole\n"
+    same = xtuner("cache", "why", base, base, "--store", store)
+    assert same.stdout == "their payloads are the same to the byte\n"
+    assert_told(xtuner("cache", "verify", prepared, "--store", store), 78, "no artifact", "xtuner cache ls")
+    assert_told(xtuner("cache", "gc", "--budget", "plenty", "--store", store), 78, "write 200GB")
+
+
+def test_damage_that_only_a_full_check_finds_is_rebuilt_by_the_next_run(store: Path) -> None:
+    file = folder_of(store, "prepare") / "payload" / "samples.jsonl"
+    stamp, key = file.stat().st_mtime_ns, folder_of(store, "prepare").name
+    file.write_bytes(file.read_bytes().replace(b"a", b"b", 1))
+    os.utime(file, ns=(stamp, stamp))
+    recipe = load_recipe(TINY, [DATA.removeprefix("--set=")])
+    assert run_until("prepare", recipe, Store(store), print).cached, "its size and time are as they were"
+    assert_told(xtuner("cache", "verify", f"prepare/{key[:8]}", "--store", store), 65, "samples.jsonl: its bytes changed")
+    assert not run_until("prepare", recipe, Store(store), print).cached
