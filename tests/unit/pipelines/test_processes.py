@@ -215,3 +215,22 @@ def test_a_missing_program_is_named(tmp_path: Path) -> None:
 
 def test_tail_of_a_missing_log_is_empty(tmp_path: Path) -> None:
     assert tail(tmp_path / "gone") == ""
+
+
+def test_what_a_child_says_while_it_is_ended_is_handed_on(tmp_path: Path) -> None:
+    saves = "import signal, sys, time\ndef save(*_: object):\n print('saved', flush=True)\n sys.exit(3)\n"
+    saves += "signal.signal(signal.SIGTERM, save)\nprint('ready', flush=True)\ntime.sleep(60)"
+    lines: list[str] = []
+
+    def on_line(line: str) -> None:
+        lines.append(line)
+        if line == "ready":
+            raise KeyboardInterrupt
+
+    with (
+        pytest.raises(KeyboardInterrupt),
+        child([sys.executable, "-c", saves], tmp_path / "log", os.environ, grace=30) as running,
+    ):
+        follow(running, on_line)
+    assert lines == ["ready", "saved"]
+    assert running.process.returncode == 3
