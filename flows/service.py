@@ -207,6 +207,7 @@ def environment_of(service: Service) -> dict[str, str]:
         **service.environment,
         "PREFECT_HOME": str(service.home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",  # what ended 90 days ago goes; the store keeps its manifests
         "PREFECT_SERVER_UI_SHOW_PROMOTIONAL_CONTENT": "false",
         "DO_NOT_TRACK": "1",
         "PREFECT_PLUGINS_ENABLED": "false",
