@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import os
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
@@ -12,22 +13,27 @@ from types import FrameType
 from xtuner_core.errors import Interrupted, UserError
 
 _PR_SET_PDEATHSIG = 1
+ONE_REQUEST_SECONDS = 3.0
+"""Slurm signals every process of a job, and torchrun then hands the same SIGTERM on to its ranks."""
 
 
 class StopRequest:
-    """Set by SIGTERM or SIGINT; the second signal ends the process at once."""
+    """Set by SIGTERM or SIGINT; the second signal ends the process at once, unless it is a SIGTERM right after the first."""
 
     def __init__(self) -> None:
         self.asked = False
+        self._since = 0.0
         self._at_once = False
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._ask)
 
     def _ask(self, number: int, frame: FrameType | None) -> None:
+        if self.asked and number == signal.SIGTERM and time.monotonic() - self._since < ONE_REQUEST_SECONDS:
+            return
         if self.asked:
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
-        self.asked = True
+        self.asked, self._since = True, time.monotonic()
         if self._at_once:
             raise KeyboardInterrupt  # not an Exception: hardly a library takes it for a failure of its own
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from xtuner_core.signals import StopRequest
+from xtuner_core.signals import ONE_REQUEST_SECONDS, StopRequest
 
 WAITING = "from xtuner_core.signals import *; import time; stop = StopRequest(); print('ready', flush=True)\nwhile True: time.sleep(0.05)"
 LAUNCHER = "import subprocess, sys; print(subprocess.Popen([sys.executable, '-c', sys.argv[1]]).pid, flush=True); input()"
@@ -32,6 +32,9 @@ def test_the_second_signal_ends_the_process(number: signal.Signals) -> None:
         assert process.stdout and process.stdout.readline() == b"ready\n"
         process.send_signal(number)
         time.sleep(0.3)
+        if number == signal.SIGTERM:  # the same request by another way
+            process.send_signal(number)
+            time.sleep(ONE_REQUEST_SECONDS)
         assert process.poll() is None
         process.send_signal(number)
         assert process.wait(10) == -number

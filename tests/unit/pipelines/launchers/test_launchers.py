@@ -85,7 +85,8 @@ def test_slurm(programs: Path) -> None:
     wanted = job(nodes=2, **asked, slurm={"partition": "gpu", "account": "team", "options": ["--qos=high", "--exclusive"]})
     agent = [*TORCHRUN, "--nnodes=2", "--rdzv-backend=c10d", f"--rdzv-id={NAME}", "--rdzv-conf=join_timeout=1800", "--nproc-per-node=2"]
     assert slurm.command(wanted) == [
-        "srun", f"--job-name={NAME}", "--dependency=singleton", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=16",
+        sys.executable, "-m", "pipelines.launchers.slurm", NAME, "srun", f"--job-name={NAME}",
+        "--dependency=singleton", "--nodes=2", "--ntasks-per-node=1", "--cpus-per-task=16",
         "--gpus-per-node=2", "--mem=64G", "--time=90", "--partition=gpu", "--account=team", "--wait=20", "--signal=TERM@60",
         "--qos=high", "--exclusive", sys.executable, "-m", "pipelines.launchers.slurm", *agent, *ENGINE,
     ]  # fmt: skip
