@@ -68,7 +68,7 @@ def work() -> Mapping[str, Callable[[], str]]:
     run("data.train=data/hostile/broken_json.jsonl")
     time.sleep(8)  # the watcher looks every five seconds
     return {
-        "run": lambda: cached,
+        "run": lambda: f"{cached}?tab=TaskRuns",
         "form": lambda: f"/deployments/deployment/{deployment()}/run",
         "recipe": lambda: f"/deployments/deployment/{deployment()}/run?parameters={whole_recipe()}",
         "artifacts": lambda: "/artifacts",

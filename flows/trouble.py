@@ -109,7 +109,7 @@ def _types(*types: StateType) -> FlowRunFilterState:
 
 def _told(run: FlowRun) -> str:
     state: Any = run.state
-    message = " ".join((state.message or "no message").split())
+    message = "; ".join(line.strip() for line in (state.message or "no message").splitlines() if line.strip())
     return f"{run.name} {state.name.lower()}: {message if len(message) <= LONGEST else f'{message[:LONGEST]}…'}"
 
 

@@ -29,6 +29,7 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate
 from prefect.exceptions import PrefectHTTPStatusError
 from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.utilities.urls import url_for
 
 from flows.trouble import barren_schedules, deserted_pools, failed_runs, late_runs, mended
 from pipelines.model_card import plain
@@ -128,7 +129,10 @@ def tell(home: Path, watch: Watch, changes: Sequence[Change], now: datetime) -> 
             line = f"{at} {change.state:<5} {' '.join(change.text.split())}"
             log.write(f"{line}\n")
             print(line, flush=True)
-    bodies = [{"text": f"{one.state}: {one.text}", "state": one.state.lower(), "cause": one.cause, "at": at} for one in changes]
+    bodies = [
+        {"text": f"{one.state}: {one.text}", "state": one.state.lower(), "cause": one.cause, "at": at, "link": link(one.cause)}
+        for one in changes
+    ]
     return replace(watch, shown=False, unsent=[*watch.unsent, *bodies][-UNSENT:])
 
 
@@ -140,9 +144,21 @@ def summary(watch: Watch) -> str:
 def page(home: Path, watch: Watch) -> str:
     """The artifact: what is open, then the log, both newest first."""
     lines = (home / "alerts.log").read_text(encoding="utf-8").splitlines()[: -SHOWN - 1 : -1]
-    opened = "\n".join(f"- **{plain(text)}**" for text in reversed(watch.open.values())) or "Nothing: all is well."
-    log = "\n".join(f"| {at} | {state} | {plain(text)} |" for at, state, text in (line.split(maxsplit=2) for line in lines))
+    opened = "\n".join(_open(cause, text) for cause, text in reversed(watch.open.items())) or "Nothing: all is well."
+    log = "\n".join(
+        f"| {at[:10]} {at[11:19]} | {state} | {plain(text)} |" for at, state, text in (line.split(maxsplit=2) for line in lines)
+    )
     return f"# Alerts\n\n## Open\n\n{opened}\n\n## Log, newest first\n\n| time (UTC) | | what |\n|---|---|---|\n{log}\n"
+
+
+def _open(cause: str, text: str) -> str:
+    return f"- **{plain(text)}**" + (f" [look at the run]({address})" if (address := link(cause)) else "")
+
+
+def link(cause: str) -> str:
+    """Where Prefect's pages show the run; empty if the cause is none."""
+    kind, name = cause.split(maxsplit=1) if " " in cause else (cause, "")
+    return (url_for("flow-run", obj_id=name) or "") if kind in ("run", "late") else ""
 
 
 def deliver(home: Path, bodies: Sequence[dict[str, str]]) -> list[dict[str, str]]:

@@ -33,6 +33,17 @@ from pipelines.recipe import Recipe
 log = get_logger("reporting")
 KEYS = {"prepare": "data", "train": "training", "verdict": "scores", "chat": "answers"}
 """Node → end of the key of its artifact."""
+ABOUT = {
+    "stages": "state, time and result of every stage",
+    "data": "what became of every line of the data",
+    "training": "the loss curve",
+    "scores": "base, production and tuned model compared; the gate",
+    "answers": "what the served model said",
+    "forecast": "time and memory of every stage, foretold and real",
+    "report": "all of a run on one page",
+    "model-card": "what the model is, where it stands and where it came from",
+}
+"""End of a key → what stands there."""
 REQUEST_SECONDS, LAST_SECONDS = 10, 10
 """For one request; for what is not sent yet when the run ends."""
 
@@ -89,7 +100,7 @@ class Board:
                 self.client.update_artifact(self.ids[what], ArtifactUpdate(data=data))
             else:
                 key = f"{slug(model_name(self.recipe))}-{what}"
-                wanted = ArtifactCreate(key=key, type=kind, data=data, description=self.recipe.name, flow_run_id=self.run)
+                wanted = ArtifactCreate(key=key, type=kind, data=data, description=ABOUT[what], flow_run_id=self.run)
                 self.ids[what] = self.client.create_artifact(wanted).id
         except Exception as error:  # whatever it is, it must not cost a training
             log.warning("the artifact %s could not be shown: %r", what, error)

@@ -74,7 +74,8 @@ def model_card(store: Store, name: str, verdict: Artifact) -> str:
     title, rest = card.split("\n", 1)
     standing = f"**{plain(version.title)}**: {promotion.status(store, version)}. Folder: `{promotion.folder(store, version) / 'model'}`"
     graph = f"## Lineage\n\n```mermaid\n{mermaid(trace_back(store, version.title))}```"
-    return f"{title}\n\n{standing}\n{rest}\n\n{graph}\n"
+    about, heading, recipe = rest.partition("## Recipe\n")
+    return f"{title}\n\n{standing}\n{about}{graph}\n\n{heading}{recipe}"
 
 
 def _model(converted: Artifact) -> Path:

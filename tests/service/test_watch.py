@@ -110,9 +110,10 @@ def test_a_failed_run_is_told_once_and_that_a_later_one_is_well(channel: Channel
 
     with pytest.raises(ValueError, match="luck"):
         sometimes(False)
-    wait_for(lambda: channel.told("ALERT", "sometimes well failed: Flow run encountered an exception: ValueError: no *luck* this time"))
+    wait_for(lambda: channel.told("ALERT", "sometimes well failed: Flow run encountered an exception: ValueError: no *luck*; this time"))
     shown = Artifact.get(key=KEY)
-    assert shown and "## Open\n\n- **sometimes well failed:" in str(shown.data) and "no \\*luck\\*" in str(shown.data)
+    assert shown and "- **sometimes well failed:" in str(shown.data) and "no \\*luck\\*" in str(shown.data)
+    assert "/runs/flow-run/" in channel.received[-1]["link"] and channel.received[-1]["link"] in str(shown.data)
     sometimes(True)
     wait_for(lambda: channel.told("OVER", "sometimes well failed"))
     assert channel.refused == 1, "the webhook was not asked again"
