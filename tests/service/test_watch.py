@@ -141,12 +141,12 @@ def test_a_schedule_that_nobody_serves_is_told(channel: Channel, service: Servic
     from prefect.client.schemas.actions import DeploymentScheduleCreate, WorkPoolCreate
     from prefect.client.schemas.schedules import IntervalSchedule
 
-    soon = IntervalSchedule(interval=timedelta(days=1), anchor_date=datetime.now(UTC) + timedelta(seconds=2))  # pyright: ignore[reportArgumentType]
+    often = IntervalSchedule(interval=timedelta(seconds=10), anchor_date=datetime.now(UTC))  # pyright: ignore[reportArgumentType]
     with get_client(sync_client=True) as client:
         client.create_work_pool(WorkPoolCreate(name="nobody", type="process"))
         flow = client.create_flow_from_name("forgotten")
         made = client.create_deployment(
-            flow, "forgotten", work_pool_name="nobody", schedules=[DeploymentScheduleCreate(schedule=soon, active=True)]
+            flow, "forgotten", work_pool_name="nobody", schedules=[DeploymentScheduleCreate(schedule=often, active=True)]
         )
         wait_for(lambda: "should have begun at" in channel.log)
         client.delete_deployment(made)
