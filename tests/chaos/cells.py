@@ -35,7 +35,7 @@ RECIPE = Path(__file__).with_name("recipe.yaml")
 NODES = [node.name for node in nodes(load_recipe(str(RECIPE)))]
 PATIENCE = 400
 """Seconds for anything that happens within one on a quiet machine."""
-AUTOMATIC = 60
+AUTOMATIC = 120
 """Seconds for the rule that makes a crashed run go on; it acts at once."""
 Stage = Literal["prepare", "train", "convert", "eval", "chat"]
 Victim = Literal["rank", "launcher", "program", "supervisor", "flow", "worker", "server"]
