@@ -23,6 +23,7 @@ def up(
     store: StoreDir = DEFAULT_STORE,
     port: int | None = None,
     auth: str | None = None,
+    database_url: str | None = None,
     home: Home = None,
 ) -> None:
     """Start what of the service does not run, and deploy the flows; prints the address of its pages.
@@ -35,9 +36,14 @@ def up(
         On loopback; 4200, or the next free one, if not given.
     auth
         user:password that the server shall demand; or set the environment variable XTUNER_AUTH.
+    database_url
+        postgresql+asyncpg://USER:PASSWORD@HOST/NAME, for runs that overlap; kept in the service's folder, which otherwise holds an SQLite
+        database. Or set the environment variable XTUNER_DATABASE_URL: others on this machine can read arguments.
     """
     if auth:
         os.environ["XTUNER_AUTH"] = auth  # not an argument: others on this machine can read those
+    if database_url:
+        os.environ["XTUNER_DATABASE_URL"] = database_url
     _become("up", home, "--recipe", recipe, "--store", str(store), *([f"--port={port}"] if port else []))
 
 
