@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 from uuid import UUID
 
@@ -13,10 +14,28 @@ from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from pipelines.artifacts import Result
-from xtuner_core.errors import Interrupted, UserError
+from xtuner_core.errors import DataError, Interrupted, UserError
 
 TIMED_OUT = "TimedOut"
 """Prefect's name for it."""
+
+
+def _without_traceback(record: logging.LogRecord) -> bool:
+    """Prefect's engine takes the error of a failed run for an unexpected one; the run's state has told it already."""
+    if record.exc_info and isinstance(record.exc_info[1], UserError):
+        record.msg, record.args, record.exc_info = f"The run failed: {record.exc_info[1]}", None, None
+    return True
+
+
+logging.getLogger("prefect.engine").addFilter(_without_traceback)
+
+
+class Unfit(DataError):
+    """The model was made, but does not pass its gate or chat test; `told` is what the run reports all the same."""
+
+    def __init__(self, message: str, told: tuple[dict[str, Any], str]) -> None:
+        super().__init__(message)
+        self.told = told
 
 
 def finished(result: Result) -> State[Any]:

@@ -17,7 +17,7 @@ from cyclopts import App, Parameter
 from prefect import State, flow, get_run_logger
 from prefect.states import Completed, Failed
 
-from flows.caching import ended_in, failed
+from flows.caching import Unfit, ended_in, failed
 from flows.cluster import fill_cache, require_runner
 from flows.labels import label, run_name
 from flows.live import signs_of_life
@@ -75,7 +75,8 @@ def finetune_flow(
         except UserError as error:
             return failed(error)
     if not summary["ok"]:
-        return Failed(message=f"the model was made, but {faults(summary)}.", data=(summary, table(results)))
+        unfit = Unfit(f"the model was made, but {faults(summary)}.", (summary, table(results)))
+        return Failed(message=str(unfit), data=unfit)
     return Completed(message=f"all stages are whole; {told}", data=(summary, table(results)))
 
 
@@ -125,10 +126,11 @@ def run(
         print("interrupted; finished stages are kept, run the same command again to continue.", file=sys.stderr)
         return Interrupted.exit_code
     outcome = state.result(raise_on_failure=False)
-    if not isinstance(outcome, tuple):
+    told = outcome.told if isinstance(outcome, Unfit) else outcome
+    if not isinstance(told, tuple):
         print(f"error: {state.message}", file=sys.stderr)
         return outcome.exit_code if isinstance(outcome, UserError) else BUG
-    summary, text = outcome
+    summary, text = told
     if json:
         write_json(json, summary)
     print(f"\n{text}\n")

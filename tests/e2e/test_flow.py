@@ -60,7 +60,8 @@ class Run:
 
     @property
     def summary(self) -> dict[str, Any]:
-        return self.state.result(raise_on_failure=False)[0]
+        outcome = self.state.result(raise_on_failure=False)
+        return getattr(outcome, "told", outcome)[0]
 
 
 def run_flow(store: Store, *overrides: str) -> Run:
