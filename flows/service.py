@@ -40,7 +40,7 @@ PARTS = {
     "watch": ("flows.watch",),
 }
 """In the order in which they start: name → module and arguments."""
-STARTUP_SECONDS = 180
+STARTUP_SECONDS, SERVER_STARTS = 180, 3
 DATABASES = ("postgresql+asyncpg://", "sqlite+aiosqlite:///")
 RUN_GRACE_SECONDS = 60
 """For flow runs: their training saves a checkpoint first."""
@@ -96,8 +96,7 @@ def up(home: Path, store: Path, recipe: str, port: int | None = None, auth: str 
         service = settle(home, port, auth, database)
         service = replace(service, store=store.resolve(), recipe=recipe)
         _write(service)
-        service = start(service, "server")
-        _wait_until_healthy(service)
+        service = _healthy(service)
         furnish(service.api, service.auth)
         deploy(environment_of(service), home / "deploy.log")
         for part in ("worker", *(["watch"] if find_spec("flows.watch") else [])):
@@ -230,14 +229,23 @@ def _write(service: Service) -> None:
     )
 
 
-def _wait_until_healthy(service: Service) -> None:
+def _healthy(service: Service) -> Service:
+    """With a server that answers. One that ends at once is started again: on a busy machine the database may be locked for a moment."""
+    for _ in range(SERVER_STARTS):
+        service = start(service, "server")
+        if _gets_healthy(service):
+            return service
+    log = service.home / "server.log"
+    raise StorageError(f"the server did not get healthy. The end of {log}:\n{tail(log)}")
+
+
+def _gets_healthy(service: Service) -> bool:
     deadline = time.monotonic() + STARTUP_SECONDS
-    while not is_healthy(service):
-        if "server" not in service.pids or time.monotonic() > deadline:
-            raise StorageError(
-                f"the server did not get healthy. The end of {service.home / 'server.log'}:\n{tail(service.home / 'server.log')}"
-            )
+    while "server" in service.pids and time.monotonic() < deadline:
+        if is_healthy(service):
+            return True
         time.sleep(0.2)
+    return False
 
 
 def is_healthy(service: Service) -> bool:
