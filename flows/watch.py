@@ -7,7 +7,8 @@ to a webhook, if there is one: its address is the only line of HOME/webhook (mod
 A loop, and not Prefect's automations: those live in the server, so they cannot tell that it is away or that its own loops hang; they
 write no log or artifact; and they keep a webhook's address in the database, which backups copy.
 
-HOME/watch.json holds what is open: after a restart of the watcher nothing is told twice, and what failed meanwhile is told.
+HOME/watch.json holds what is open: after a restart of the watcher nothing is told twice, and what failed meanwhile is told. A disk that
+takes nothing any more does not end the watch: the webhook still tells.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import os
 import stat
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -33,6 +35,7 @@ from prefect.utilities.urls import url_for
 
 from flows.trouble import barren_schedules, deserted_pools, failed_runs, late_runs, mended
 from pipelines.model_card import plain
+from pipelines.processes import tail
 from xtuner_core.durable import write_json
 
 KEY = "finetune-alerts"
@@ -112,11 +115,17 @@ def step(client: SyncPrefectClient, home: Path, watch: Watch, late: float, patie
         after = tell(home, after, changes, now)
     left = deliver(home, after.unsent)
     if left and not watch.unsent:
-        print("the webhook did not take an alert; it is tried again with every look", flush=True)
+        _say("the webhook did not take an alert; it is tried again with every look")
     after = replace(after, unsent=left)
     if replace(after, since=watch.since) != watch or not (home / "watch.json").exists():
-        write_json(home / "watch.json", asdict(after))
+        with suppress(OSError):
+            write_json(home / "watch.json", asdict(after))
     return after
+
+
+def _say(line: str) -> None:
+    with suppress(OSError):
+        print(line, flush=True)
 
 
 def tell(home: Path, watch: Watch, changes: Sequence[Change], now: datetime) -> Watch:
@@ -124,11 +133,11 @@ def tell(home: Path, watch: Watch, changes: Sequence[Change], now: datetime) -> 
     if not changes:
         return watch
     at = now.isoformat(timespec="seconds")
-    with open(home / "alerts.log", "a", encoding="utf-8") as log:
-        for change in changes:
-            line = f"{at} {change.state:<5} {' '.join(change.text.split())}"
-            log.write(f"{line}\n")
-            print(line, flush=True)
+    lines = [f"{at} {change.state:<5} {' '.join(change.text.split())}" for change in changes]
+    with suppress(OSError), open(home / "alerts.log", "a", encoding="utf-8") as log:
+        log.writelines(f"{line}\n" for line in lines)
+    for line in lines:
+        _say(line)
     bodies = [
         {"text": f"{one.state}: {one.text}", "state": one.state.lower(), "cause": one.cause, "at": at, "link": link(one.cause)}
         for one in changes
@@ -143,11 +152,10 @@ def summary(watch: Watch) -> str:
 
 def page(home: Path, watch: Watch) -> str:
     """The artifact: what is open, then the log, both newest first."""
-    lines = (home / "alerts.log").read_text(encoding="utf-8").splitlines()[: -SHOWN - 1 : -1]
+    told = (line.split(maxsplit=2) for line in reversed(tail(home / "alerts.log", SHOWN).splitlines()))
     opened = "\n".join(_open(cause, text) for cause, text in reversed(watch.open.items())) or "Nothing: all is well."
-    log = "\n".join(
-        f"| {at[:10]} {at[11:19]} | {state} | {plain(text)} |" for at, state, text in (line.split(maxsplit=2) for line in lines)
-    )
+    whole = (words for words in told if len(words) == 3)  # one whose writing was cut short, by a full disk say, is not
+    log = "\n".join(f"| {at[:10]} {at[11:19]} | {state} | {plain(text)} |" for at, state, text in whole)
     return f"# Alerts\n\n## Open\n\n{opened}\n\n## Log, newest first\n\n| time (UTC) | | what |\n|---|---|---|\n{log}\n"
 
 
@@ -180,7 +188,7 @@ def webhook(home: Path) -> str | None:
     if not file.exists():
         return os.environ.get(WEBHOOK)
     if stat.S_IMODE(file.stat().st_mode) & 0o077:
-        print(f"{file} can be read by others and is not used. Run: chmod 600 {file}", flush=True)
+        _say(f"{file} can be read by others and is not used. Run: chmod 600 {file}")
         return None
     return file.read_text(encoding="utf-8").strip()
 
