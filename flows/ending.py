@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 import psutil
 
@@ -33,14 +34,25 @@ def _variable(process: psutil.Process, name: str) -> str | None:
 
 
 def end(processes: list[psutil.Process], grace: float) -> None:
-    """SIGTERM to those that none of the others will tell, and SIGKILL to what is left after `grace` seconds."""
+    """SIGTERM to those that none of the others will tell, also if they stand still, and SIGKILL to what is left after `grace` seconds."""
     ids = {process.pid for process in processes}
     for process in processes:
         if _parent(process) not in ids:
             _tell(process, signal.SIGTERM)
+            _tell(process, signal.SIGCONT)
     for process in _left_after(grace, processes):
         _tell(process, signal.SIGKILL)
     _left_after(KILL_SECONDS, processes)
+
+
+@contextmanager
+def frozen(process: psutil.Process) -> Iterator[None]:
+    """It stands still during the block, unless it is ended there; afterwards it goes on, however the block ends (Ctrl-C, say)."""
+    _tell(process, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        _tell(process, signal.SIGCONT)
 
 
 def _left_after(seconds: float, processes: list[psutil.Process]) -> list[psutil.Process]:

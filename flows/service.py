@@ -15,7 +15,7 @@ import sys
 import time
 import urllib.request
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from importlib.util import find_spec
 from json import loads
@@ -26,7 +26,7 @@ import psutil
 from cyclopts import App, Parameter
 from filelock import FileLock, Timeout
 
-from flows.ending import end, living, marked
+from flows.ending import end, frozen, living, marked
 from pipelines.processes import tail
 from pipelines.recipe import PROJECT, load_recipe, recipe_file, shipped_names
 from xtuner_core.durable import write_json
@@ -259,7 +259,7 @@ def is_healthy(service: Service) -> bool:
 
 
 def down(home: Path) -> list[str]:
-    """Stop what `up` started and all that it started: flow runs first, in order, then worker, watcher, server; says what was stopped."""
+    """Stop what `up` started and all that it started: flow runs first, in order, then watcher, worker, server; says what was stopped."""
     with locked(home):
         service = read(home)
         if service is None:
@@ -276,13 +276,11 @@ def stop(service: Service, names: Collection[str]) -> list[str]:
     alive = {name: process for name, (pid, created) in service.started.items() if (process := living(pid, created))}
     parts = {name: process for name, process in alive.items() if name in names}
     runs = [process for process in marked(MARK, str(service.home)) if process not in alive.values()] if "worker" in names else []
-    if "worker" in parts:
-        parts["worker"].suspend()  # it must take no new run, nor hurry the running ones
-    end(runs, RUN_GRACE_SECONDS)
-    for name in reversed(PARTS):
-        if name in parts:
-            parts[name].resume()
-            end([parts[name]], GRACE_SECONDS)
+    with frozen(parts["worker"]) if "worker" in parts else nullcontext():  # it must take no new run, nor hurry the running ones
+        end(runs, RUN_GRACE_SECONDS)
+        for name in reversed(PARTS):
+            if name in parts:
+                end([parts[name]], GRACE_SECONDS)
     return [*(["flow runs"] if runs else []), *parts]
 
 

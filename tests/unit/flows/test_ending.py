@@ -1,0 +1,45 @@
+"""Processes are ended in order, and one that was made to stand still does not stay so."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import psutil
+import pytest
+
+from flows.ending import end, frozen, living
+
+WAITS = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('ready', flush=True); signal.pause()"
+
+
+@pytest.fixture
+def process() -> Iterator[psutil.Process]:
+    with subprocess.Popen([sys.executable, "-c", WAITS], stdout=subprocess.PIPE) as started:
+        assert started.stdout and started.stdout.readline() == b"ready\n"
+        yield psutil.Process(started.pid)
+        started.kill()
+
+
+def test_an_impatient_person_leaves_no_process_that_stands_still(process: psutil.Process) -> None:
+    with pytest.raises(KeyboardInterrupt), frozen(process):
+        assert process.status() == psutil.STATUS_STOPPED
+        raise KeyboardInterrupt
+    assert process.status() != psutil.STATUS_STOPPED
+
+
+def test_a_process_that_stands_still_is_ended_in_order(process: psutil.Process) -> None:
+    created = process.create_time()
+    with frozen(process):
+        end([process], 60)
+    assert process.wait() == 7, "it was killed, not told"
+    assert living(process.pid, created) is None
+
+
+def test_one_that_is_gone_is_no_error(process: psutil.Process) -> None:
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    with frozen(process):
+        end([process], 0)
