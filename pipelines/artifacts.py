@@ -144,6 +144,12 @@ class Store:
         _check(artifact, full)
         return artifact
 
+    def known(self, stage: str, key: str) -> Artifact:
+        """The artifact, whether it is there or not; of one that was cleaned up the manifest can still be read."""
+        kept = self.root / ".removed" / f"{stage}-{key}.json"
+        folder = self.root / stage / key
+        return _removed(kept) if kept.is_file() and not folder.is_dir() else Artifact(folder)
+
     def folders(self) -> list[Path]:
         """Every published artifact."""
         return sorted(path.parent for path in self.root.glob("[!.]*/*/manifest.json"))

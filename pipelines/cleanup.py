@@ -21,7 +21,7 @@ from uuid import uuid4
 
 from filelock import FileLock, Timeout
 
-from pipelines.artifacts import ATTEMPT, USED, Store
+from pipelines.artifacts import ATTEMPT, USED, Store, is_sealed, sealed
 from pipelines.forecast import size
 from pipelines.inventory import DAY, Item, Kept, inventory, is_key, kept, lock_of, modified, pinned, registered, total
 from xtuner_core.data.shards import sweep
@@ -237,10 +237,11 @@ def _used_since(item: Item) -> bool:
 
 def _to_trash(store: Store, item: Item, why: str) -> Path:
     if item.kind == "artifact":
-        with suppress(OSError, ValueError):  # of a damaged one there is nothing to keep
-            manifest = json.loads((item.path / "manifest.json").read_text(encoding="utf-8"))
+        with suppress(OSError, ValueError, TypeError, AttributeError):  # of a damaged one there is nothing to keep
+            content = (item.path / "manifest.json").read_bytes()
+            manifest = {**json.loads(content), "removed": why}
             (store.root / REMOVED).mkdir(exist_ok=True)
-            write_json(store.root / REMOVED / f"{item.name.replace('/', '-')}.json", {**manifest, "removed": why})
+            write_json(store.root / REMOVED / f"{item.name.replace('/', '-')}.json", sealed(manifest) if is_sealed(content) else manifest)
     trash = store.root / TRASH / f"{item.path.name}-{uuid4().hex[:8]}"
     trash.parent.mkdir(exist_ok=True)
     os.rename(item.path, trash)

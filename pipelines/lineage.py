@@ -21,6 +21,8 @@ from xtuner_core.errors import RecipeError
 
 Reference = Mapping[str, str]
 """`stage`, `key` and `payload_digest` of an artifact, as manifests and versions name it."""
+_EARLIER = "earlier "
+"""Names of inputs that came as files of an earlier run begin so."""
 _IN_STORE = re.compile(r".*/([\w-]+)/([0-9a-f]{16})/payload/(.+)")
 
 
@@ -53,6 +55,14 @@ class Chain:
     model: Reference
     version: Version | None
     steps: tuple[Step, ...]
+
+    def own(self) -> set[str]:
+        """Ids of the steps of the model's own run; the others are of runs that it went on from, or was compared with."""
+        wanted = {id_of(one) for one in (self.version.artifacts.values() if self.version else [self.model])}
+        for step in reversed(self.steps):
+            if step.id in wanted:
+                wanted.update(source for name, source in step.inputs.items() if not name.startswith(_EARLIER))
+        return wanted
 
     def ancestors(self) -> list[Step]:
         """The model's own steps: not how it was judged, nor what it was compared with."""
@@ -89,13 +99,13 @@ def _meant(store: Store, model: str) -> tuple[Store, Version | None, Reference]:
             version = promotion.read_version(folder / "version.json")
             return Store(folder.parents[3]), version, version.artifacts["convert"]
         if (folder / "manifest.json").is_file() and (folder / "payload").is_dir():
-            return Store(folder.parents[1]), None, _reference(folder)
+            store = Store(folder.parents[1])
+            return store, None, _reference(store, folder)
     raise RecipeError(f"{model}: neither a model of the registry in {store.root} nor in an artifact of a store.")
 
 
-def _reference(folder: Path) -> Reference:
-    digest = read_manifest(folder / "manifest.json").get("payload_digest", "")
-    return {"stage": folder.parent.name, "key": folder.name, "payload_digest": digest}
+def _reference(store: Store, folder: Path) -> Reference:
+    return {"stage": folder.parent.name, "key": folder.name, "payload_digest": manifest_of(store, folder).get("payload_digest", "")}
 
 
 def _walk(store: Store, reference: Reference, names: Mapping[str, str], found: dict[str, Step]) -> None:
@@ -119,7 +129,16 @@ def _locate(store: Store, reference: Reference) -> tuple[Path | None, Mapping[st
     for file in sorted((store.root / stage).glob("*/manifest.json")):
         if reference["payload_digest"] and read_manifest(file).get("payload_digest") == reference["payload_digest"]:
             return file.parent, read_manifest(file)
-    return None, read_manifest(store.root / ".removed" / f"{stage}-{key}.json")
+    return None, manifest_of(store, folder)
+
+
+def manifest_of(store: Store, folder: Path) -> Mapping[str, Any]:
+    """The manifest of an artifact that is there or was cleaned up; as `read_manifest`."""
+    return read_manifest(folder / "manifest.json" if folder.is_dir() else _kept_manifest(store, folder))
+
+
+def _kept_manifest(store: Store, folder: Path) -> Path:
+    return store.root / ".removed" / f"{folder.parent.name}-{folder.name}.json"
 
 
 def read_manifest(file: Path) -> Mapping[str, Any]:
@@ -136,16 +155,16 @@ def _from_store(store: Store, manifest: Mapping[str, Any]) -> dict[str, Referenc
     inputs = {}
     for one in manifest.get("input_files", []):
         if place := place_in(store, one["path"]):
-            inputs["earlier " + place.parent.name] = _reference(place)
+            inputs[_EARLIER + place.parent.name] = _reference(store, place)
     return inputs
 
 
 def place_in(store: Store, path: str) -> Path | None:
-    """The artifact that the file is in; also if the store, or what leads to it, was moved since."""
+    """The artifact that the file is in, or was in before it was cleaned up; also if the store, or what leads to it, was moved since."""
     for text in (path, str(Path(path).resolve())):
         if match := _IN_STORE.fullmatch(text):
             folder = store.root / match[1] / match[2]
-            if folder.is_dir():
+            if folder.is_dir() or _kept_manifest(store, folder).is_file():
                 return folder
     return None
 

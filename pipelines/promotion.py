@@ -125,9 +125,9 @@ def read_version(file: Path) -> Version:
 
 
 def artifact(store: Store, version: Version, node: str) -> Artifact:
-    """What a node of the version's run made, whether it is in the store any more or not."""
+    """What a node of the version's run made, whether it is in the store any more or not; of what was cleaned up the manifest is known."""
     made = version.artifacts[node]
-    return Artifact(store.root / made["stage"] / made["key"])
+    return store.known(made["stage"], made["key"])
 
 
 def checkpoint(store: Store, version: Version) -> Path:

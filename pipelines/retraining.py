@@ -123,6 +123,8 @@ def beginning(recipe: Recipe, store: Store) -> Beginning:
     version = _not_ahead(store, in_use, store.file_digests([one.file for one in training_inputs(recipe)]))
     if version is None:
         return Beginning(None, f"training begins at the base model, as that of {in_use.title} did: all files were in it")
+    if gone := _without_checkpoint(store, version):
+        return Beginning(None, f"training begins at the base model: {version.title} is the last that has not seen all files, and {gone}")
     return Beginning(version, f"training begins with the weights of {version.title}")
 
 
@@ -135,12 +137,20 @@ def _not_ahead(store: Store, version: Version | None, digests: Collection[str]) 
 
 def _unfit(recipe: Recipe, store: Store, version: Version) -> str:
     """Why training cannot go on from a version; empty if it can. What settings do not tell, the engine does when it loads the tensors."""
-    if not (promotion.checkpoint(store, version) / "checkpoint.json").is_file():
-        return "its training checkpoint is not in the store any more"
-    train, base = (promotion.artifact(store, version, node).manifest for node in ("train", "base"))
+    if gone := _without_checkpoint(store, version):
+        return gone
+    try:
+        train, base = (promotion.artifact(store, version, node).manifest for node in ("train", "base"))
+    except (OSError, ValueError):
+        return "what it was made of is not in the store any more"
     if differs := trained_otherwise(train["ingredients"]["settings"]["train"], recipe.train):
         return differs
     return "" if _same_base(recipe, store, base) else "model.base is another model than the one it was trained on"
+
+
+def _without_checkpoint(store: Store, version: Version) -> str:
+    there = (promotion.checkpoint(store, version) / "checkpoint.json").is_file()
+    return "" if there else "its training checkpoint is not in the store any more"
 
 
 def _same_base(recipe: Recipe, store: Store, earlier: Mapping[str, Any]) -> bool:

@@ -75,13 +75,14 @@ def told(chain: Chain, place: str) -> Iterator[str]:
 
     Raises:
         RecipeError: `place` is not FILE:LINE, or the chain has no training.
-        DataError: data of a training is gone.
     """
     asked = _asked(place)
     found = False
     for training in trainings(chain):
-        index = _file_of(training, asked)
-        if index is not None:
+        if not training.data.manifest:
+            found = True
+            yield f"{training.step.id}: what it read cannot be told; {training.data.id}, its data, is gone or was edited"
+        elif (index := _file_of(training, asked)) is not None:
             found = True
             yield from _became(training, asked, index)
     if not found:
@@ -125,12 +126,16 @@ def _file_of(training: Training, asked: Asked) -> int | None:
 def _became(training: Training, asked: Asked, index: int) -> Iterator[str]:
     import numpy as np
 
-    one, prepared = training.data.manifest["input_files"][index], training.prepared
+    one = training.data.manifest["input_files"][index]
     yield f"{training.step.id}: {one['path']} (sha256 {one['sha256']}) line {asked.line}"
     if asked.digest is None:
         yield "  no such file is here now; this is about the one that was read then"
     elif asked.digest != one["sha256"]:
         yield f"  the file here has changed since (sha256 {asked.digest}); this is about the line as it was then"
+    if training.data.path is None:
+        yield f"  this training read the file; {training.data.id}, which tells more, is not in the store any more"
+        return
+    prepared = training.prepared
     documents = np.flatnonzero(np.asarray(prepared.lines[index]) == asked.line) + prepared.starts[index]
     if not len(documents):
         yield f"  not trained on: no sample came from this line: {why_not(prepared, index, asked.line)}"

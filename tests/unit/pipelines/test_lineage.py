@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ import pytest
 
 from pipelines import lineage_page, promotion
 from pipelines.artifacts import Artifact, Store, describe_files, sealed
+from pipelines.cleanup import clean
 from pipelines.cli import main
 from pipelines.lineage import Chain, trace_back
 from pipelines.stage import Metrics, Stage, Work
+from pipelines.trace import told
 from pipelines.verify import verify
 from tests.unit.pipelines.registry import RECIPE
 from xtuner_core.digest import sha256
@@ -275,3 +277,31 @@ def test_what_is_gone_breaks_the_chain_unless_the_same_bytes_are_there(store: St
     assert broken(store, "tickets@1") == []
     shutil.rmtree(store.root / "base")
     assert broken(store, "tickets@1")[0] == f"{base.id}: is gone"
+
+
+def test_the_chain_goes_on_through_a_run_that_was_cleaned_up(store: Store, original: Store) -> None:
+    week_1, week_3 = original.root.with_name("week1.jsonl"), store.root.with_name("week3.jsonl")
+    week_3.write_text("week 3\n")
+    made = run(store, week_3, 3, promotion.checkpoint(store, promotion.find(store, "tickets@2")))
+    promotion.promote(store, promotion.register(store, RECIPE, made, True, "", {}), "Ada", "better")
+    whole = trace_back(store, "tickets")
+    del made
+    clean(store, 0, None, print)
+    chain = trace_back(store, "tickets")
+    assert nodes(chain) == nodes(whole) and [step.node for step in chain.steps if step.path is None] == ["base", "prepare", "train"]
+    assert broken(store) == [] and broken(store, "tickets@2") == []
+    assert sum("was cleaned up; its manifest was kept" in line for line in notes(store)) == 3
+    assert any("is gone, only its manifest was kept" in line for line in broken(store, "tickets@1"))
+    assert [version and version.number for version in ancestry(store, "tickets@3")] == [2, 1]
+    assert "this training read the file; prepare/" in "\n".join(told(chain, f"{week_1}:1"))
+    kept = next((store.root / ".removed").glob("prepare-*.json"))
+    kept.write_text(kept.read_text().replace("week1", "week9"))
+    assert broken(store) == [f"prepare/{kept.stem.rpartition('-')[2]}: is gone"]
+    assert "what it read cannot be told" in "\n".join(told(trace_back(store, "tickets"), f"{week_1}:1"))
+
+
+def ancestry(store: Store, title: str) -> Iterator[promotion.Version]:
+    version = promotion.went_on_from(store, promotion.find(store, title))
+    while version:
+        yield version
+        version = promotion.went_on_from(store, version)
