@@ -33,7 +33,9 @@ help:
 demo: env
 	$(BIN)/xtuner run $(RECIPE) --store $(STORE)
 
-# The password goes by the environment: arguments can be read by others on this machine.
+# The passwords go by the environment: arguments can be read by others on this machine. They go by these names only: make would also
+# hand on its own AUTH and DATABASE_URL, which every run and its training would inherit.
+unexport AUTH DATABASE_URL
 up: export XTUNER_AUTH := $(AUTH)
 up: export XTUNER_DATABASE_URL := $(DATABASE_URL)
 up: env
