@@ -18,7 +18,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -403,6 +403,15 @@ def _locked(store: Store, name: str) -> Iterator[None]:
     locks.mkdir(parents=True, exist_ok=True)
     with FileLock(locks / f"models-{name}.lock"):
         _settle(store, name)
+        yield
+
+
+@contextmanager
+def at_rest(store: Store) -> Iterator[None]:
+    """Nobody changes the registry meanwhile, and nothing is half done."""
+    with ExitStack() as stack:
+        for name in names(store):
+            stack.enter_context(_locked(store, name))
         yield
 
 

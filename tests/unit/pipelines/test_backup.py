@@ -18,6 +18,7 @@ from pipelines.inventory import check, pins
 from pipelines.pipeline import plan
 from pipelines.recipe import PROJECT, load_recipe
 from pipelines.runner import run_until
+from tests.unit.pipelines.registry import in_use, registered, result
 from xtuner_core.errors import DataError
 
 TINY = "qwen3_tiny_full_openai"
@@ -80,7 +81,8 @@ def test_while_runs_go_on_every_version_in_the_copy_has_its_artifacts(tmp_path: 
 
 
 def test_the_database_is_copied_while_it_is_written(tmp_path: Path) -> None:
-    home = tmp_path / "home"
+    home = tmp_path / "home 100%3F#?"
+    (tmp_path / "store").mkdir()
     (home / DATABASE).parent.mkdir(parents=True)
     with sqlite3.connect(home / DATABASE) as live:
         live.execute("PRAGMA journal_mode=WAL")
@@ -106,3 +108,33 @@ def test_a_pin_and_what_was_half_copied(prepared_store: Store, tmp_path: Path) -
     assert not os.path.exists(tmp_path / "copy" / "store" / "shards")
     with pytest.raises(DataError, match="outside of the store"):
         back_up(prepared_store, None, prepared_store.root / "backup", print)
+
+
+def test_a_store_that_is_not_there_takes_nothing_from_its_backup(tmp_path: Path) -> None:
+    store, copy = Store(tmp_path / "store"), Store(tmp_path / "copy" / "store")
+    with pytest.raises(DataError, match="store: no such folder"):
+        back_up(store, None, copy.root.parent, print)
+    promotion.promote(store, registered(store, "one"), "Ada", "better")
+    back_up(store, None, copy.root.parent, print)
+    store.root.rename(tmp_path / "lost")
+    with pytest.raises(DataError, match="Is the disk mounted"):
+        back_up(store, None, copy.root.parent, print)
+    store.root.mkdir()  # where it would be mounted
+    with pytest.raises(DataError, match="store/models: no such folder"):
+        back_up(store, None, copy.root.parent, print)
+    assert in_use(copy) == "convert of one"
+
+
+def test_what_was_damaged_when_it_was_copied_is_copied_again_when_it_was_made_again(tmp_path: Path) -> None:
+    store, copy = Store(tmp_path / "store"), Store(tmp_path / "copy" / "store")
+    made = result(store, "one")["convert"]
+    (made.payload / "model" / "weights").write_text("spoilt")
+    assert back_up(store, None, copy.root.parent, print) == 5
+    assert not whole(copy)
+    result(store, "one")
+    assert back_up(store, None, copy.root.parent, print) == 1
+    assert whole(copy) and back_up(store, None, copy.root.parent, print) == 0
+    manifest = store.folders()[0] / "manifest.json"
+    manifest.write_bytes(manifest.read_bytes()[:-9])
+    assert back_up(store, None, copy.root.parent, print) == 0
+    assert whole(copy) and not list(copy.root.rglob(".*.before"))
