@@ -7,6 +7,7 @@ import urllib.request
 from typing import Any
 
 import psutil
+import pytest
 
 from flows.service import Service
 from tests.service.conftest import CANARIES
@@ -23,21 +24,29 @@ def ask(service: Service, path: str, body: dict[str, Any] | None = None) -> Any:
         return json.loads(answer.read())
 
 
-def test_no_secret_of_the_environment_is_written_down(service: Service) -> None:
+@pytest.fixture(scope="module")
+def used(service: Service) -> Service:
+    """Something was run on it."""
     from prefect.deployments import run_deployment
+    from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    run = run_deployment("finetune-flow/finetune-flow", timeout=400, poll_interval=0.5)
+    with temporary_settings({PREFECT_API_URL: service.api}):
+        run: Any = run_deployment("finetune-flow/finetune-flow", timeout=400, poll_interval=0.5)
     assert run.state and run.state.is_completed(), run.state
+    return service
+
+
+def test_no_secret_of_the_environment_is_written_down(used: Service) -> None:
     for part in ("worker", "watch"):
-        environment = psutil.Process(service.pids[part]).environ()
+        environment = psutil.Process(used.pids[part]).environ()
         assert CANARIES.items() <= environment.items(), part
-    files = [file for root in (service.store, service.home) for file in root.rglob("*") if file.is_file()]
+    files = [file for root in (used.store, used.home) for file in root.rglob("*") if file.is_file()]
     assert {"manifest.json", "train.log", "prefect.db", "worker.log", "service.json"} <= {file.name for file in files}
     assert [str(file) for file in files if CANARY.encode() in file.read_bytes()] == []
 
 
-def test_no_secret_of_the_environment_is_told_by_the_server(service: Service) -> None:
-    told = {what: ask(service, f"{what}/filter", {}) for what in KEPT}
+def test_no_secret_of_the_environment_is_told_by_the_server(used: Service) -> None:
+    told = {what: ask(used, f"{what}/filter", {}) for what in KEPT}
     assert told["artifacts"] and told["logs"] and told["events"]["events"]
     assert [what for what, answer in told.items() if CANARY in json.dumps(answer)] == []
 
