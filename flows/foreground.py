@@ -4,8 +4,8 @@
 
 Settings come by environment (deploy/service.env.example) or as options.
 
-`deploy` ends when prefect.yaml is deployed; the others when they are stopped by SIGTERM (0) or by themselves (1). The worker's flow runs
-are stopped before it, and save their checkpoints, which takes up to RUN_GRACE_SECONDS.
+`deploy` ends when prefect.yaml is deployed; the others when they are stopped by SIGTERM or Ctrl-C (0) or by themselves (1). The worker's
+flow runs are stopped before it, and save their checkpoints, which takes up to RUN_GRACE_SECONDS.
 """
 
 from __future__ import annotations
@@ -59,7 +59,8 @@ def run(
         UserError: as `up`; the part runs already; the server does not answer.
     """
     asked: list[int] = []
-    signal.signal(signal.SIGTERM, lambda number, frame: asked.append(number))
+    for number in (signal.SIGTERM, signal.SIGINT):  # SIGINT: someone tries it in a terminal
+        signal.signal(number, lambda number, frame: asked.append(number))
     home, known = home.resolve(), known_anywhere(recipe)
     with locked(home, LOCK_SECONDS):
         service = replace(_settled(part, home, port), store=store.resolve(), recipe=known)

@@ -30,7 +30,7 @@ def furnish(api: str, auth: str | None) -> None:
 
 async def _furnish(api: str, auth: str | None) -> None:
     template = ProcessWorker.get_default_base_job_template()
-    async with PrefectClient(api, auth_string=auth) as client:
+    async with PrefectClient(api, auth_string=auth, httpx_settings={"trust_env": False}) as client:  # on loopback: past any proxy
         with suppress(ObjectAlreadyExists):
             await client.create_work_pool(WorkPoolCreate(name=POOL, type=ProcessWorker.type, base_job_template=template))
         if LIMIT not in {limit.name for limit in await client.read_global_concurrency_limits()}:

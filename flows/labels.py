@@ -20,7 +20,7 @@ def run_name() -> str:
 
 
 def _called(recipe: Any) -> str:
-    return Path(recipe).stem if isinstance(recipe, str) else getattr(recipe, "name", None) or recipe["name"]
+    return Path(recipe).name.removesuffix(".yaml") if isinstance(recipe, str) else getattr(recipe, "name", None) or recipe["name"]
 
 
 def label(recipe: Recipe, trigger: str) -> None:

@@ -17,6 +17,7 @@ import urllib.request
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
+from http.client import HTTPException
 from importlib.util import find_spec
 from json import loads
 from pathlib import Path
@@ -45,6 +46,7 @@ DATABASES = ("postgresql+asyncpg://", "sqlite+aiosqlite:///")
 RUN_GRACE_SECONDS = 60
 """For flow runs: their training saves a checkpoint first."""
 GRACE_SECONDS = 15
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,6 +206,7 @@ def environment_of(service: Service) -> dict[str, str]:
     return {
         **inherited,
         **service.environment,
+        **past_the_proxy(),
         "PREFECT_HOME": str(service.home / "prefect"),
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",  # what ended 90 days ago goes; the store keeps its manifests
@@ -215,6 +218,14 @@ def environment_of(service: Service) -> dict[str, str]:
         "XTUNER_RECIPE": service.recipe,
         MARK: str(service.home),
     }
+
+
+def past_the_proxy() -> dict[str, str]:
+    """The variables that keep what is meant for our server from this environment's proxy; none if there is none, or they are set."""
+    if not urllib.request.getproxies() or urllib.request.proxy_bypass(HOST):
+        return {}
+    hosts = os.environ.get("no_proxy") or os.environ.get("NO_PROXY")
+    return dict.fromkeys(("no_proxy", "NO_PROXY"), f"{hosts},{HOST}" if hosts else HOST)
 
 
 def _write(service: Service) -> None:
@@ -252,9 +263,9 @@ def _gets_healthy(service: Service) -> bool:
 
 def is_healthy(service: Service) -> bool:
     try:
-        with urllib.request.urlopen(f"{service.api}/health", timeout=10) as answer:  # noqa: S310 - our own http address
+        with _DIRECT.open(f"{service.api}/health", timeout=10) as answer:
             return answer.status == 200
-    except OSError:
+    except (OSError, HTTPException):  # the latter of a program that speaks something else
         return False
 
 
@@ -307,6 +318,8 @@ def _up(*, recipe: str, store: Path = Path("artifacts"), port: int | None = None
     print(f"Prefect's pages: {service.ui}\nlogs: {service.home}/*.log\n\nexport PREFECT_API_URL={service.api}")
     if service.auth:
         print("export PREFECT_API_AUTH_STRING=...   # the user:password you gave as AUTH; the browser asks for it too")
+    for name, hosts in past_the_proxy().items():
+        print(f"export {name}={hosts}")
     print("prefect deployment run finetune-flow")
 
 
