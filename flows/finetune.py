@@ -71,7 +71,7 @@ def finetune_flow(
         shown.results.update(results)
         summary = summarize(today, results)
         try:
-            told = conclude(today, home, results, summary, faults(summary))
+            told = conclude(written, home, results, summary, faults(summary))
         except UserError as error:
             return failed(error)
     if not summary["ok"]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -79,7 +80,7 @@ def _found(version: Version, reference: Mapping[str, str], store: Store) -> Stat
 
 
 def conclude(recipe: Recipe, store: Store, results: Mapping[str, Result], summary: Mapping[str, Any], faults: str) -> str:
-    """Make the result a version and do with it what the recipe says; what has become of it, in words.
+    """Make the result a version and do with it what the recipe, as it is written, says; what has become of it, in words.
 
     Raises:
         UserError: it should go into production and cannot: it is damaged, say.
@@ -102,10 +103,10 @@ def _follow(recipe: Recipe, store: Store, version: Version) -> str:
     match decision:
         case "reject":
             promotion.reject(store, version, "gate", version.faults)
-        case "promote" if promotion.judged_against_another(store, recipe, version.name):
-            get_run_logger().warning("another version went into production while %s was judged; it stays a candidate", version.title)
         case "promote":
-            promotion.promote(store, version, "gate", "the gate and the chat test passed")
+            outdated = partial(promotion.judged_against_another, store, recipe, version)
+            if not promotion.promote(store, version, "gate", "the gate and the chat test passed", unless=outdated):
+                get_run_logger().warning("another version went into production while %s was judged; it stays a candidate", version.title)
         case "ask" if deployment.id:
             _ask(recipe, store, version)
         case "ask":
@@ -125,7 +126,7 @@ def _ask(recipe: Recipe, store: Store, version: Version) -> None:
     The key names what was shown: should another version be in production by then, the question is another one, and asked anew.
     """
     in_use = promotion.production(store, version.name)
-    shown = Approval.with_initial_data(description=question(store, version, in_use))
+    shown = Approval.with_initial_data(description=question(store, recipe, version, in_use))
     key = f"approve-{version.number}-{version.artifacts['convert']['payload_digest'][:16]}-instead-of-{in_use.number if in_use else 'none'}"
     answer = suspend_flow_run(wait_for_input=shown, timeout=int(recipe.promotion.approval_hours * 3600), key=key)
     if answer.approve == "yes":
@@ -134,14 +135,16 @@ def _ask(recipe: Recipe, store: Store, version: Version) -> None:
         promotion.reject(store, version, answer.name, answer.comment or "not approved")
 
 
-def question(store: Store, version: Version, in_use: Version | None) -> str:
+def question(store: Store, recipe: Recipe, version: Version, in_use: Version | None) -> str:
     """What the person sees above the form, as markdown."""
     verdict = store.root / "verdict" / version.artifacts["verdict"]["key"]
     report = (verdict / "payload" / "report.md").read_text(encoding="utf-8")
     instead = f"in place of {in_use.title}" if in_use else "as the first one"
     folder = promotion.folder(store, version) / "model"
     heading = re.sub("^#", "##", report, flags=re.MULTILINE)
-    return f"**{version.title}** would go into production {instead}.\n\n{heading}\n\nTry it first: `xtuner chat {folder}`\n"
+    outdated = promotion.judged_against_another(store, recipe, version)
+    warning = "\n\n**It was not compared with that one:** another was in production when it was judged." if outdated else ""
+    return f"**{version.title}** would go into production {instead}.{warning}\n\n{heading}\n\nTry it first: `xtuner chat {folder}`\n"
 
 
 def announce(store: Store, name: str, known: int) -> None:

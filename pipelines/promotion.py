@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
@@ -34,6 +34,8 @@ from xtuner_core.errors import DataError, RecipeError
 
 Status = Literal["candidate", "rejected", "production", "retired"]
 Decision = Literal["reject", "keep", "promote", "ask"]
+REGISTRY = "registry"
+"""As `eval.production` of a recipe: the recipe's own model in production."""
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _TO_PRODUCTION = ("promoted", "rolled back")
 
@@ -222,11 +224,22 @@ def decide(recipe: Recipe, version: Version, now: Status) -> Decision:
     return "promote" if recipe.promotion.when == "gate" else "ask"
 
 
-def judged_against_another(store: Store, recipe: Recipe, name: str) -> bool:
-    """Whether the run compared its model with a version of the registry that is not in production any more."""
-    compared = Path(recipe.eval.production or "")
-    in_use = production(store, name)
-    return compared.parent.parent == home(store, name) / "versions" and (in_use is None or compared.parent != folder(store, in_use))
+def judged_against_another(store: Store, recipe: Recipe, version: Version) -> bool:
+    """Whether the recipe, as it is written, wants a version compared with the one in production, and it was with another or with none.
+
+    By what the version's run read: whatever was in production when it was resumed.
+    """
+    if recipe.eval.production != REGISTRY:
+        return False
+    in_use = production(store, version.name)
+    if "production" not in version.artifacts or in_use is None:
+        return ("production" in version.artifacts) or in_use is not None
+    try:
+        compared = artifact(store, version, "production").manifest["ingredients"]["files"]
+        files = artifact(store, in_use, "convert").manifest["files"]
+    except (OSError, ValueError):
+        return True
+    return not {file["sha256"] for file in files}.issuperset(compared)
 
 
 def register(
@@ -256,14 +269,15 @@ def register(
         return version
 
 
-def promote(store: Store, version: Version, by: str, why: str) -> bool:
-    """Put a version into production; whoever opens the link sees the old model or the new one. False if it is there already.
+def promote(store: Store, version: Version, by: str, why: str, unless: Callable[[], bool] = lambda: False) -> bool:
+    """Put a version into production; whoever opens the link sees the old model or the new one. False if it is there already, or `unless`
+    holds when nobody else can change the registry any more.
 
     Raises:
         DataError: the exported folder is missing, damaged, or not the one that was judged; every byte is read again first.
     """
     with _locked(store, version.name):
-        if _number_in_production(store, version.name) == version.number:
+        if _number_in_production(store, version.name) == version.number or unless():
             return False
         _put(store, version, "promoted", by, why)
         return True

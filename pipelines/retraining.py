@@ -14,14 +14,12 @@ from typing import Any
 from pipelines import base_model, prepare, promotion
 from pipelines.artifacts import Artifact, Store
 from pipelines.pipeline import Node, nodes
-from pipelines.promotion import Version
+from pipelines.promotion import REGISTRY, Version
 from pipelines.recipe import Recipe, changed, load_recipe
 from xtuner_core.config import DataConfig, Source, trained_otherwise
 from xtuner_core.data.prepare import Input
 from xtuner_core.digest import key_of
 
-REGISTRY = "registry"
-"""As `eval.production`: the recipe's own model in production."""
 SHOWN = 5
 """Differences that a message tells."""
 

@@ -16,6 +16,7 @@ from pipelines.artifacts import Store
 from pipelines.promotion import Version
 from pipelines.recipe import load_recipe
 from pipelines.served_model import named_model
+from pipelines.stage import Stage
 from tests.unit.pipelines.registry import RECIPE, in_use, registered, result
 from xtuner_core.errors import DataError, RecipeError
 
@@ -147,11 +148,29 @@ def test_what_the_recipe_wants(store: Store) -> None:
 
 
 def test_a_comparison_with_a_version_that_is_not_in_use_any_more_is_known(store: Store) -> None:
-    first, second = registered(store, "one"), registered(store, "two")
+    plain, asking = (load_recipe("qwen3_tiny_full_openai", [f"eval.production={value}"]) for value in ("data", "registry"))
+    first, second, alone = (registered(store, weights) for weights in ("one", "two", "alone"))
+    judged = {one.number: judged_against(store, one, f"better than {one.number}") for one in (first, second)}
+
+    def outdated(version: Version) -> bool:
+        assert not promotion.judged_against_another(store, plain, version)
+        return promotion.judged_against_another(store, asking, version)
+
+    assert [outdated(one) for one in (alone, judged[1])] == [False, True], "nothing is in production"
     promote(store, first)
-    compared = {version.number: str(promotion.folder(store, version) / "model") for version in (first, second)}
-    recipes = [load_recipe("qwen3_tiny_full_openai", [f"eval.production={value}"]) for value in ("null", "data", *compared.values())]
-    assert [promotion.judged_against_another(store, recipe, "tickets") for recipe in recipes] == [False, False, False, True]
+    assert [outdated(one) for one in (alone, judged[1], judged[2])] == [True, False, True]
+    assert not promotion.promote(store, judged[2], "gate", "passed", unless=lambda: outdated(judged[2]))
+    assert promotion.production(store, "tickets") == first
+    assert promotion.promote(store, judged[1], "gate", "passed", unless=lambda: outdated(judged[1]))
+    assert outdated(judged[1]), "the one it was compared with is not in use any more"
+
+
+def judged_against(store: Store, other: Version, weights: str) -> Version:
+    """A version that was compared with another one."""
+    files = list((promotion.folder(store, other) / "model").resolve().iterdir())
+    stage = Stage("production", 1, lambda recipe, work: {}, lambda recipe: weights, lambda recipe: files)
+    made = result(store, weights) | {"production": store.produce(stage, RECIPE, {}, print).artifact}
+    return promotion.register(store, RECIPE, made, True, "", {})
 
 
 def test_the_version_in_use_cannot_be_rejected(store: Store) -> None:
