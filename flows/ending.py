@@ -1,4 +1,4 @@
-"""Processes that outlived the program that started them: found by id and time of creation, or by a mark; and ended in order."""
+"""Processes that outlived the program that started them: found by id and birth, or by a mark; and ended in order."""
 
 from __future__ import annotations
 
@@ -6,19 +6,29 @@ import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 
 KILL_SECONDS = 15
 
 
-def living(pid: int, created: float) -> psutil.Process | None:
-    """The living process that has this id and was created then; ids are used again."""
+def birth(process: psutil.Process) -> str:
+    """Tells it from others of its id: in which boot of the machine it began, and how many seconds after that.
+
+    Not by the time of day: psutil's time of creation moves with every correction of the clock, such as after a virtual machine slept.
+    """
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{boot} {process.create_time() - psutil.boot_time():.2f}"
+
+
+def living(pid: int, born: str) -> psutil.Process | None:
+    """The living process that has this id and this birth; ids are used again."""
     try:
         process = psutil.Process(pid)
+        return process if birth(process) == born and _runs(process) else None
     except psutil.NoSuchProcess:
         return None
-    return process if abs(process.create_time() - created) < 0.01 and _runs(process) else None
 
 
 def marked(variable: str, value: str) -> list[psutil.Process]:

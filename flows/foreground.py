@@ -88,7 +88,7 @@ def _settled(part: str, home: Path, port: int) -> Service:
     return Service(home, port, Path(), "", _started(home), auth or kept_secret(home, "auth"), kept_secret(home, "database"))
 
 
-def _started(home: Path) -> Mapping[str, tuple[int, float]]:
+def _started(home: Path) -> Mapping[str, tuple[int, str]]:
     noted = read(home)
     return noted.started if noted else {}
 

@@ -1,7 +1,7 @@
 """The service: Prefect's server, a worker and a watcher on this machine, started together, stopped together.
 
-Each is a process of its own session that outlives the terminal. HOME/service.json says which processes they are, by id and time of
-creation; every one of them, and all they start, carries HOME in the environment variable XTUNER_SERVICE, so that nothing that ends up
+Each is a process of its own session that outlives the terminal. HOME/service.json says which processes they are, by id and birth;
+every one of them, and all they start, carries HOME in the environment variable XTUNER_SERVICE, so that nothing that ends up
 without a parent is forgotten. HOME also holds Prefect's home with its database, and the logs.
 """
 
@@ -27,7 +27,7 @@ import psutil
 from cyclopts import App, Parameter
 from filelock import FileLock, Timeout
 
-from flows.ending import end, frozen, living, marked
+from flows.ending import birth, end, frozen, living, marked
 from pipelines.processes import tail
 from pipelines.recipe import PROJECT, load_recipe, recipe_file, shipped_names
 from xtuner_core.durable import write_json
@@ -57,8 +57,8 @@ class Service:
     port: int
     store: Path
     recipe: str
-    started: Mapping[str, tuple[int, float]]
-    """Part → process id and time of creation."""
+    started: Mapping[str, tuple[int, str]]
+    """Part → process id and birth."""
     auth: str | None = field(default=None, repr=False)
     """user:password that the server demands."""
     database: str | None = field(default=None, repr=False)
@@ -75,7 +75,7 @@ class Service:
     @property
     def pids(self) -> dict[str, int]:
         """Of the parts that run now."""
-        return {name: pid for name, (pid, created) in self.started.items() if living(pid, created)}
+        return {name: pid for name, (pid, born) in self.started.items() if living(pid, born)}
 
     @property
     def environment(self) -> dict[str, str]:
@@ -118,7 +118,7 @@ def read(home: Path) -> Service | None:
         kept = loads((home / "service.json").read_bytes())
     except FileNotFoundError:
         return None
-    started = {name: (pid, created) for name, (pid, created) in kept["started"].items()}
+    started = {name: (pid, born) for name, (pid, born) in kept["started"].items()}
     secrets = kept_secret(home, "auth"), kept_secret(home, "database")
     return Service(home, kept["port"], Path(kept["store"]), kept["recipe"], started, *secrets)
 
@@ -186,8 +186,7 @@ def start(service: Service, part: str) -> Service:
             start_new_session=True,
             preexec_fn=_usual_signals,
         )
-    created = psutil.Process(process.pid).create_time()
-    service = replace(service, started={**service.started, part: (process.pid, created)})
+    service = replace(service, started={**service.started, part: (process.pid, birth(psutil.Process(process.pid)))})
     _write(service)
     return service
 
@@ -284,7 +283,7 @@ def down(home: Path) -> list[str]:
 
 def stop(service: Service, names: Collection[str]) -> list[str]:
     """End these parts, and with the worker its flow runs, which come first and save checkpoints; says what was stopped."""
-    alive = {name: process for name, (pid, created) in service.started.items() if (process := living(pid, created))}
+    alive = {name: process for name, (pid, born) in service.started.items() if (process := living(pid, born))}
     parts = {name: process for name, process in alive.items() if name in names}
     runs = [process for process in marked(MARK, str(service.home)) if process not in alive.values()] if "worker" in names else []
     with frozen(parts["worker"]) if "worker" in parts else nullcontext():  # it must take no new run, nor hurry the running ones

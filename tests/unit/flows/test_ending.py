@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import psutil
 import pytest
 
-from flows.ending import end, frozen, living
+from flows.ending import birth, end, frozen, living
 
 WAITS = "import signal, sys; signal.signal(signal.SIGTERM, lambda *_: sys.exit(7)); print('ready', flush=True); signal.pause()"
 
@@ -31,11 +31,12 @@ def test_an_impatient_person_leaves_no_process_that_stands_still(process: psutil
 
 
 def test_a_process_that_stands_still_is_ended_in_order(process: psutil.Process) -> None:
-    created = process.create_time()
+    born = birth(process)
+    assert living(process.pid, born) == process
     with frozen(process):
         end([process], 60)
     assert process.wait() == 7, "it was killed, not told"
-    assert living(process.pid, created) is None
+    assert living(process.pid, born) is None
 
 
 def test_one_that_is_gone_is_no_error(process: psutil.Process) -> None:
@@ -43,3 +44,13 @@ def test_one_that_is_gone_is_no_error(process: psutil.Process) -> None:
     process.wait()
     with frozen(process):
         end([process], 0)
+
+
+def test_a_process_is_known_again_after_the_clock_was_set(process: psutil.Process, monkeypatch: pytest.MonkeyPatch) -> None:
+    from psutil import _pslinux
+
+    born, booted = birth(process), psutil.boot_time()
+    monkeypatch.setattr(_pslinux, "boot_time", lambda: booted + 3600)
+    assert psutil.Process(process.pid).create_time() - process.create_time() == pytest.approx(3600, abs=1)
+    assert living(process.pid, born)
+    assert living(process.pid, f"another-boot {born.split()[1]}") is None
