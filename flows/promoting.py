@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from pydantic import Field
 from flows.caching import failed, finished
 from flows.reporting.board import slug
 from pipelines import promotion
-from pipelines.artifacts import Artifact, Damaged, Result, Store
+from pipelines.artifacts import Artifact, Damaged, Hold, Result, Store
 from pipelines.pipeline import nodes
 from pipelines.promotion import Entry, Version
 from pipelines.recipe import Recipe
@@ -76,7 +77,7 @@ def _found(version: Version, reference: Mapping[str, str], store: Store) -> Stat
         return failed(DataError(f"{version.title}: {place} is damaged: {damage}. Run the recipe again to rebuild it."))
     if artifact is None or artifact.digest != reference["payload_digest"]:
         return failed(DataError(f"{version.title}: {place} is not as it was when the run asked about it. Run the recipe again."))
-    return finished(Result(artifact, True, 0.0))
+    return finished(Result(replace(artifact, hold=Hold(artifact.path)), True, 0.0))
 
 
 def conclude(recipe: Recipe, store: Store, results: Mapping[str, Result], summary: Mapping[str, Any], faults: str) -> str:

@@ -391,8 +391,10 @@ def _check(artifact: Artifact, full: bool) -> None:
         raise Damaged("manifest.json: of another artifact or schema")
     if digest != manifest.get("payload_digest"):
         raise Damaged("manifest.json: its digest is not that of its files")
-    if full and not is_sealed((artifact.path / "manifest.json").read_bytes()):
-        raise Damaged("manifest.json: not the bytes that were written; it was edited")
+    if full and "seal" not in manifest:
+        raise Damaged(
+            "manifest.json: without a seal; an earlier version made it, or it was edited. Remove the folder to have it made again"
+        )
     if full and (more := _unlisted(artifact, {name for name, _, _ in files})):
         raise Damaged(f"{more[0]}: not one of its files; it was added")
     try:
@@ -400,6 +402,8 @@ def _check(artifact: Artifact, full: bool) -> None:
         seen = dict(seen)
     except (OSError, ValueError, TypeError):
         seen = {}
+    if (full or not seen) and "seal" in manifest and not is_sealed((artifact.path / "manifest.json").read_bytes()):
+        raise Damaged("manifest.json: not the bytes that were written; it was edited")
     moved = full
     for name, size, bytes_digest in files:
         path = artifact.path / name

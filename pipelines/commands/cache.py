@@ -81,7 +81,7 @@ def verify_all(store: Store, folders: Sequence[Path]) -> None:
     damaged = [f"{folder}: {damage}" for folder, damage in results if damage]
     print(f"{len(results) - len(damaged)} artifacts are whole")
     if damaged:
-        raise DataError("\n".join(damaged) + "\nThe next run that needs them rebuilds them.")
+        raise DataError("\n".join(damaged) + "\nThe next run that needs them rebuilds them, but for what only lacks its seal.")
 
 
 @app.command

@@ -15,8 +15,10 @@ from typing import Any
 import pytest
 
 from pipelines.artifacts import Artifact, Damaged, Result, Store, key_of
+from pipelines.inventory import check
 from pipelines.recipe import load_recipe
 from pipelines.stage import Metrics, Stage, Work
+from xtuner_core.durable import json_bytes
 from xtuner_core.errors import DataError, from_os_error
 
 RECIPE = load_recipe("qwen3_tiny_full_openai")
@@ -279,7 +281,7 @@ def _unsealed(folder: Path) -> None:
     ("tamper", "told"),
     [
         (_edited, "manifest.json: not the bytes that were written"),
-        (_unsealed, "manifest.json: not the bytes that were written"),
+        (_unsealed, "manifest.json: without a seal"),
         (lambda folder: (folder / "payload/model/code.py").write_text("hello"), "payload/model/code.py: not one of its files"),
     ],
     ids=["a figure in the manifest", "the manifest's seal", "a file more"],
@@ -396,3 +398,16 @@ def test_metrics_that_are_no_json_are_refused_before_publishing(store: Store) ->
     with pytest.raises(ValueError, match="not JSON compliant"):
         produce(store, replace(STAGE, run=lambda recipe, work: {"loss": float("nan")}))
     assert published(store) == []
+
+
+def test_what_was_verified_as_edited_is_rebuilt_and_what_an_earlier_version_made_is_used(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    stage = Stage("base", 1, lambda recipe, work: {"loss": 2.0}, lambda recipe: "x")
+    made = store.produce(stage, RECIPE, {}, print).artifact
+    file = made.path / "manifest.json"
+    file.write_text(file.read_text().replace("2.0", "1.0"))
+    assert [damage for _, damage in check(store, [made.path])] == ["manifest.json: not the bytes that were written; it was edited"]
+    assert not store.produce(stage, RECIPE, {}, print).cached
+    file.write_bytes(json_bytes({name: value for name, value in json.loads(file.read_text()).items() if name != "seal"}))
+    assert "without a seal" in str([damage for _, damage in check(store, [made.path])])
+    assert store.produce(stage, RECIPE, {}, print).cached
