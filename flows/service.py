@@ -41,7 +41,7 @@ PARTS = {
     "watch": ("flows.watch",),
 }
 """In the order in which they start: name → module and arguments."""
-STARTUP_SECONDS, SERVER_STARTS = 180, 3
+STARTUP_SECONDS, SERVER_STARTS, RELEASE_SECONDS = 180, 3, 15
 DATABASES = ("postgresql+asyncpg://", "sqlite+aiosqlite:///")
 RUN_GRACE_SECONDS = 60
 """For flow runs: their training saves a checkpoint first."""
@@ -147,7 +147,7 @@ def settle(home: Path, port: int | None, auth: str | None, database: str | None)
         return before
     if port is not None and not _is_free(port):
         raise RecipeError(f"port {port} is taken by another program. Choose another one (PORT=), or none: then the next free one is taken.")
-    kept = before.port if before and _is_free(before.port) else None
+    kept = before.port if before and _becomes_free(before.port) else None
     started, before_auth = (before.started, before.auth) if before else ({}, None)
     return Service(home, port or kept or free_port_from(PORT), Path(), "", started, auth or before_auth, database)
 
@@ -160,6 +160,16 @@ def _is_free(port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+def _becomes_free(port: int) -> bool:
+    """Also if the server that had it was killed just now: its last thread, which closes its files, may outlast its first by a moment."""
+    deadline = time.monotonic() + RELEASE_SECONDS
+    while not _is_free(port):
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.1)
+    return True
 
 
 def free_port_from(first: int) -> int:

@@ -137,7 +137,7 @@ def test_its_log_has_some_steps_and_levels(cancelled: Cancelled) -> None:
 def test_the_next_run_goes_on_from_the_checkpoint(cancelled: Cancelled, service: Service) -> None:
     lines: list[str] = []
     trained = run_until("train", load_recipe(str(TINY), LONG), Store(service.store), lines.append)
-    assert f"resumed from step-{cancelled.steps}" in lines
+    assert f"[train] resumed from step-{cancelled.steps}" in lines
     assert trained.artifact.metrics["steps"] == STEPS
 
 

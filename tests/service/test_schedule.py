@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -56,17 +56,21 @@ def test_the_weekly_runs_are_planned(service: Service) -> None:
 
 def test_a_schedule_creates_runs_that_run(service: Service, tmp_path: Path) -> None:
     from prefect.client.orchestration import get_client
-    from prefect.deployments.runner import RunnerDeployment
+    from prefect.client.schemas.actions import DeploymentScheduleCreate
+    from prefect.client.schemas.schedules import IntervalSchedule
 
     (tmp_path / "ticking.py").write_text(FLOW)
-    deployment: Any = RunnerDeployment.from_entrypoint(
-        f"{tmp_path / 'ticking.py'}:tick",
-        name="ticking",
-        interval=timedelta(seconds=10),
-        parameters={"file": str(tmp_path / "ran")},
-        work_pool_name="local",
-    )
-    identity = deployment.apply()
+    often = IntervalSchedule(interval=timedelta(seconds=10), anchor_date=datetime.now(UTC))  # pyright: ignore[reportArgumentType]
+    with get_client(sync_client=True) as client:
+        identity = client.create_deployment(
+            client.create_flow_from_name("tick"),
+            "ticking",
+            entrypoint=f"{tmp_path / 'ticking.py'}:tick",
+            parameters={"file": str(tmp_path / "ran")},
+            work_pool_name="local",
+            pull_steps=[{"prefect.deployments.steps.set_working_directory": {"directory": str(tmp_path)}}],  # else it copies the project
+            schedules=[DeploymentScheduleCreate(schedule=often, active=True)],
+        )
     try:
         within(60, lambda: runs_of(identity))
         within(120, (tmp_path / "ran").exists)
