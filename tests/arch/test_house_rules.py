@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -305,3 +306,11 @@ def test_plan_answers_at_once_without_torch(recipe: str, tmp_path: Path) -> None
     assert facts["code"] == 0
     assert not {"torch", "transformers", "peft", "prefect", "matplotlib", "numpy"} & set(facts["modules"])
     assert facts["cpu"] <= 1.0
+
+
+@pytest.mark.xdist_group("arch")
+def test_groups_of_tests_stay_on_one_worker(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist tells them by the test's id; without it every worker makes every shared fixture."""
+    if os.environ.get("PYTEST_XDIST_WORKER") is None:
+        pytest.skip("without pytest-xdist")
+    assert request.node.nodeid.endswith("@arch")

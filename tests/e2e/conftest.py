@@ -13,11 +13,9 @@ import pytest
 from xtuner_core.models.preset import create_from_preset
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if "prefect_server" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("prefect server"), append=False)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    if "prefect_server" in getattr(item, "fixturenames", ()):
+        item.add_marker(pytest.mark.xdist_group("prefect server"))
 
 
 LEARNED = {"parcel": "shipping desk", "refund": "billing"}

@@ -15,7 +15,7 @@ import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -97,7 +97,19 @@ def free_port() -> int:
 
 
 def nothing_runs() -> bool:
-    return not [child for child in psutil.Process().children(recursive=True) if "xtuner_core.sft" in " ".join(child.cmdline())]
+    """Within half a minute: the other machines' agents are not ours to wait for."""
+    deadline = time.monotonic() + 30
+    while _trains() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    return not _trains()
+
+
+def _trains() -> bool:
+    for child in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # also one that ended, and that nobody waits for
+            if "xtuner_core.sft" in " ".join(child.cmdline()):
+                return True
+    return False
 
 
 def meeting() -> list[str]:

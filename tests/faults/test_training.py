@@ -13,6 +13,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -178,5 +179,8 @@ def test_a_flipped_byte_in_the_newest_checkpoint_means_the_one_before(new_run: N
 
 @pytest.mark.usefixtures("undisturbed")  # in the same worker as all that started one
 def test_no_process_of_ours_is_left() -> None:
-    running = [" ".join(process.cmdline()) for process in psutil.Process().children(recursive=True)]
+    running = list[str]()
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # another test's, that ended
+            running.append(" ".join(process.cmdline()))
     assert not [command for command in running if "xtuner_core.sft" in command and "multiprocessing.forkserver" not in command]

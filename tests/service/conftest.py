@@ -16,11 +16,8 @@ CANARIES = {name: f"canary-of-{name}" for name in SECRETS} | {"XTUNER_ALERT_WEBH
 """In the environment of everything that the service starts; test_canaries.py looks where they come out."""
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    for item in items:
-        if item.path.is_relative_to(TINY.parent):
-            item.add_marker(pytest.mark.xdist_group("service"), append=False)
+def pytest_itemcollected(item: pytest.Item) -> None:
+    item.add_marker(pytest.mark.xdist_group("service"))
 
 
 def free_port() -> int:

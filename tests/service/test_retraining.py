@@ -89,20 +89,21 @@ def test_weeks(service: Service, tmp_path: Path) -> None:
 
     first = ended(start("finetune-flow/finetune-flow", **place))
     assert message(first) == "all stages are whole; weeks@1 is in production"
-    assert "training begins at the base model: no version of weeks is in production yet" in logged(first)
+    until(lambda: "training begins at the base model: no version of weeks is in production yet" in logged(first))
 
     again = ended(start("finetune-flow/weekly", **place, trigger="schedule"))
     assert again.state_name == "Completed"
     assert message(again).startswith(f"no new data: weeks@1 ({promotion.find(store, 'weeks@1').created}) was trained on what the 1 files")
-    assert message(again) in logged(again)
+    until(lambda: message(again) in logged(again))  # lines reach the server a little after the state
     assert again.total_run_time.total_seconds() < first.total_run_time.total_seconds() / 3
     assert look() == "no new data: weeks@1 was trained on what the 1 files of data.train hold"
 
     shutil.copyfile(CHATS / "heldout.jsonl", tmp_path / "data" / "week-2.jsonl")
     assert look(3600).startswith("still changing, or changed in the last 3600 s: train.jsonl, week-2.jsonl")
-    assert look().startswith("1 new files since weeks@1: week-2.jsonl; started recipe · new-data · ")
+    assert look().startswith("1 new files since weeks@1: week-2.jsonl; started ")
     second = ended(until(started_by_new_data)[0].id)
     assert message(second) == "all stages are whole; weeks@2 is in production"
+    until(lambda: any(line.startswith("all stages are whole") or "Finished in state" in line for line in logged(second)))
     told = logged(second)
     assert "training begins with the weights of weeks@1" in told
     assert f"new since weeks@1: file {tmp_path / 'data' / 'week-2.jsonl'}" in told
