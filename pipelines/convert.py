@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 MERGE_TOLERANCE = 3e-5
 """Largest difference of logits, relative to the largest logit, between the fp32 merge and base + adapter. Rounding in another order alone
-makes 8.6e-6 of the demo's 30 layers; a merge that is wrong in anything is far beyond."""
+makes 8.6e-6 of the demo's 30 layers."""
 MIN_AGREEMENT = 0.99
 """Share of next-token choices that the exported precision must keep. Where the two best tokens are closer than the precision can tell
 (a tie: half the positions of a random model, a few of a trained one), either of them counts as kept."""
