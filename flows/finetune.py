@@ -39,7 +39,11 @@ from xtuner_core.errors import BUG, DataError, Interrupted, UserError
 
 @flow(name="finetune-flow", flow_run_name=run_name, persist_result=False, log_prints=False)
 def finetune_flow(
-    recipe: AskedRecipe = DEMO, changes: tuple[str, ...] = (), store: Path = Path("artifacts"), trigger: Trigger = "hand"
+    recipe: AskedRecipe = DEMO,
+    changes: tuple[str, ...] = (),
+    store: Path = Path("artifacts"),
+    trigger: Trigger = "hand",
+    recheck: bool = False,
 ) -> State[Any]:
     """Fine-tune the recipe's model, judge it and talk to it; every stage whose artifact is whole is shown as `Cached`.
 
@@ -50,8 +54,9 @@ def finetune_flow(
         changes: Fields that differ from the recipe, each as field=value, for example train.total_step=20.
         store: Folder of the artifacts, on the machine that runs it; relative to the project.
         trigger: Why it runs. Unless by hand, a run ends at once when there is nothing new to learn.
+        recheck: Hash every artifact that is found again, whatever its time stamps say.
     """
-    home = Store(store)
+    home = Store(store, full=recheck)
     try:
         written = asked(recipe, changes)
         today = as_of_today(written, home)
@@ -113,12 +118,13 @@ def run(
     overrides: Annotated[list[str] | None, Parameter("--set")] = None,
     store: Path = Path("artifacts"),
     json: Path | None = None,
+    recheck: bool = False,
 ) -> int:
     """Run the flow once and report; returns the exit code."""
     changes, home = tuple(overrides or ()), store.resolve()
     try:
         with signs_of_life(not _is_cached(recipe, changes, Store(home))):
-            state = finetune_flow(recipe, changes, home, return_state=True)
+            state = finetune_flow(recipe, changes, home, recheck=recheck, return_state=True)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code

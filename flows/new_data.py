@@ -71,7 +71,7 @@ def _look(asked: Recipe, given: dict[str, Any], store: Store, settle_seconds: fl
         return f"still changing, or changed in the last {settle_seconds:g} s: {_named(fresh)}; the next look takes what has come by then"
     new = retraining.new_files(asked, store, last)
     if not new:
-        return f"no new data: {last.title} was trained on what the {len(files)} files of data.train hold"
+        return f"no new data: {last.title} was trained on what the files of data.train hold"
     return _start(asked, given, store, last, new)
 
 
@@ -87,7 +87,7 @@ def key_of_data(recipe: Recipe, store: Store, digests: Sequence[str]) -> str:
 
 def _start(asked: Recipe, given: dict[str, Any], store: Store, last: Version, new: Sequence[Path]) -> str:
     key = key_of_data(asked, store, store.file_digests(new))
-    found = f"{len(new)} new files since {last.title}: {_named(new)}"
+    found = f"new files since {last.title}: {_named(new)}"
     with get_client(sync_client=True) as client:
         if earlier := _started_with(client, key):
             state = earlier.state.name if earlier.state else "unknown"

@@ -27,8 +27,6 @@ from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock, Timeout
-
 from pipelines.peak_memory import peak_memory
 from pipelines.recipe import PROJECT, Recipe
 from pipelines.stage import Log, Metrics, Progress, Stage, Work, untold
@@ -226,6 +224,8 @@ class Store:
     @contextmanager
     def locked(self, name: str, log: Log) -> Iterator[None]:
         """Nobody else makes, looks up or cleans up the artifact `stage-key` meanwhile."""
+        from filelock import FileLock, Timeout
+
         folder = self.root / ".locks"
         folder.mkdir(parents=True, exist_ok=True)
         lock = FileLock(folder / f"{name}.lock")

@@ -6,18 +6,20 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipelines import chatters
 from pipelines.chatters import Request
-from pipelines.client import Reply, ask, client
-from pipelines.heldout import HeldOut, read_heldout
 from pipelines.recipe import ChatConfig, Recipe, resolve_path
 from pipelines.smoke.expectations import failures, slowness
 from pipelines.smoke.lists import Prompt, load_smoke
 from pipelines.stage import Metrics, Stage, Work
 from xtuner_core.durable import write_json
 from xtuner_core.errors import DataError
+
+if TYPE_CHECKING:
+    from pipelines.client import Reply
+    from pipelines.heldout import HeldOut
 
 SHOWN = 3
 
@@ -49,6 +51,8 @@ def run(recipe: Recipe, work: Work) -> Metrics:
 
 def _ask_all(asked: Sequence[tuple[list[dict[str, str]], int]], config: ChatConfig, work: Work) -> tuple[float, list[Reply]]:
     """The seconds until the server was there, and its greedy answers to conversations, each with its longest length in tokens."""
+    from pipelines.client import ask, client
+
     model_dir, server_log = work.inputs["model"] / "model", work.record / "server.log"
     request = Request(model_dir, port=config.port, start_timeout=config.start_timeout, url=config.url)
     started = time.monotonic()
@@ -144,6 +148,8 @@ def _smoke(config: ChatConfig) -> tuple[Prompt, ...]:
 
 
 def _samples(recipe: Recipe) -> list[HeldOut]:
+    from pipelines.heldout import read_heldout
+
     return [sample for path in _files(recipe) for sample in spread(read_heldout(path), recipe.chat.count)]
 
 

@@ -34,6 +34,7 @@ app = App(
     help="Fine-tune a language model: prepare → train → convert → eval → chat, a verifiable artifact after every stage.",
     version=_version,
     version_flags=["--version"],
+    help_format="plaintext",
 )
 for commands in (convert.app, chat.app, serve.app, environments.app, cache.app):
     app.command(commands)
@@ -128,13 +129,22 @@ def plan(
 
 
 @app.command
-def run(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DEFAULT_STORE, json: Path | None = None) -> None:
+def run(
+    recipe: RecipeName,
+    *,
+    overrides: Overrides = None,
+    store: StoreDir = DEFAULT_STORE,
+    json: Path | None = None,
+    recheck: Annotated[bool, Parameter(negative=())] = False,
+) -> None:
     """Run the whole flow under Prefect (a temporary server, unless PREFECT_API_URL names one).
 
     Parameters
     ----------
     json
         Write stages, scores and the verdict to this file.
+    recheck
+        Hash every artifact that is found again, whatever its time stamps say.
     """
     from pipelines.artifacts import Store
     from pipelines.pipeline import check
@@ -142,6 +152,7 @@ def run(recipe: RecipeName, *, overrides: Overrides = None, store: StoreDir = DE
 
     check(recipe_of_today(recipe, overrides, Store(store)))  # a mistake is told before Prefect starts
     options = [f"--set={override}" for override in overrides or []] + [f"--store={store}"] + ([f"--json={json}"] if json else [])
+    options += ["--recheck"] if recheck else []
     sys.stdout.flush()
     os.execve(sys.executable, [sys.executable, "-m", "flows.finetune", recipe, *options], {**_PREFECT_DEFAULTS, **os.environ})
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipelines.data_report import write_report
 from pipelines.recipe import Recipe, resolve_path
 from pipelines.stage import Log, Metrics, Stage, Work
 from xtuner_core.data import shards
@@ -20,6 +19,8 @@ def run(recipe: Recipe, work: Work) -> Metrics:
         DataError: more lines rejected than `data.max_rejected` allows, or nothing is left to train on.
         RecipeError: a file is given twice and differently, or a word that is not known.
     """
+    from pipelines.data_report import write_report
+
     model_dir = work.inputs["base"] / "model"
     steps = plan(recipe, model_dir, work.log)
     with shards.in_use(work.cache):

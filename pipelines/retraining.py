@@ -175,11 +175,8 @@ def nothing_new(recipe: Recipe, store: Store) -> str | None:
     found = news(recipe, store)
     if found is None or found.changes:
         return None
-    count = len(training_inputs(recipe))
-    return (
-        f"no new data: {found.since.title} ({found.since.created}) was trained on what the {count} files of data.train hold, with the "
-        "same settings, base model and libraries"
-    )
+    made = f"{found.since.title} ({found.since.created})"
+    return f"no new data: {made} was trained on what the files of data.train hold, with the same settings, base model and libraries"
 
 
 def news(recipe: Recipe, store: Store) -> News | None:

@@ -20,8 +20,6 @@ import time
 from contextlib import suppress
 from functools import partial
 
-import psutil
-
 _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 _LIBC = ctypes.CDLL(None, use_errno=True)
 _AWAITED = {signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGCHLD}
@@ -42,6 +40,8 @@ def supervise(command: list[str], grace: float) -> int:
     (Not a second SIGTERM: when our parent is killed, the kernel may send one for each of its threads.)
     Returns its wait status; SIGKILL's if it had to be killed.
     """
+    import psutil  # noqa: F401 - before there is anything to end
+
     _LIBC.prctl(_PR_SET_CHILD_SUBREAPER, 1)
     signal.pthread_sigmask(signal.SIG_BLOCK, _AWAITED)
     # A session of its own: a signal to its group does not reach us. (Kept in a variable: a Popen that goes may collect the exit status.)
@@ -76,6 +76,8 @@ def _reap(program: int) -> int | None:
 
 def _kill_the_rest() -> None:
     """Again and again, because a process may fork while we look: the orphans of a killed one are ours."""
+    import psutil
+
     deadline = time.monotonic() + KILL_SECONDS
     while time.monotonic() < deadline:
         for process in psutil.Process().children(recursive=True):

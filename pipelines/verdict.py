@@ -15,8 +15,6 @@ from typing import Any
 
 from pipelines.comparison.bootstrap import RESAMPLES, interval, matched_interval, mcnemar
 from pipelines.comparison.gate import judge, require_possible
-from pipelines.comparison.page import page
-from pipelines.comparison.report import report
 from pipelines.model_card import CONTENDERS, card, shown_recipe
 from pipelines.recipe import EvalConfig, Recipe
 from pipelines.stage import Metrics, Stage, Work
@@ -37,6 +35,9 @@ def run(recipe: Recipe, work: Work) -> Metrics:
     Raises:
         DataError: as `compare`.
     """
+    from pipelines.comparison.page import page
+    from pipelines.comparison.report import report
+
     scores = {role: _read(work.inputs[role] / "scores.json")["datasets"] for role in CONTENDERS if role in work.inputs}
     verdict = compare(scores, recipe.eval)
     write_json(work.payload / "scores.json", verdict)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import os
 import socket
 import sys
@@ -10,14 +9,15 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any
-
-import psutil
+from typing import TYPE_CHECKING, Any
 
 from pipelines.chatters import LOOPBACK, Endpoint, Request
 from pipelines.processes import Child, child, tail
 from pipelines.stage import Log
 from xtuner_core.errors import RecipeError, UserError
+
+if TYPE_CHECKING:
+    import psutil
 
 MODEL = "model"
 """The name that requests give; a path would tell clients about our disk."""
@@ -125,6 +125,8 @@ def _holder(port: int | None) -> str:
     """Who listens there, as far as we may know."""
     if port is None:
         return ""
+    import psutil
+
     with suppress(psutil.Error):
         for pid in (connection.pid for connection in _listening(psutil.net_connections("tcp"), port) if connection.pid):
             return f" (process {pid}, {psutil.Process(pid).name()})"
@@ -132,6 +134,8 @@ def _holder(port: int | None) -> str:
 
 
 def _listening(connections: Sequence[Any], port: int) -> list[Any]:
+    import psutil
+
     return [item for item in connections if item.status == psutil.CONN_LISTEN and item.laddr.port == port]
 
 
@@ -158,6 +162,8 @@ def _complain(doors: Sequence[tuple[Child, str, int]], timeout: int | None) -> N
 
 def _is_its_own(pid: int, port: int) -> bool:
     """Whether the server or a child of it listens there: another process may have taken the port while the model was loading."""
+    import psutil
+
     with suppress(psutil.Error):
         server = psutil.Process(pid)
         return any(_listens(process, port) for process in (server, *server.children(recursive=True)))
@@ -165,12 +171,16 @@ def _is_its_own(pid: int, port: int) -> bool:
 
 
 def _listens(process: psutil.Process, port: int) -> bool:
+    import psutil
+
     with suppress(psutil.Error):
         return bool(_listening(process.net_connections("tcp"), port))
     return False
 
 
 def _is_healthy(host: str, port: int) -> bool:
+    import http.client
+
     connection = http.client.HTTPConnection(_to_reach(host).strip("[]"), port, timeout=5)
     try:
         connection.request("GET", "/health")

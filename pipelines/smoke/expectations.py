@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from pydantic import Field, field_validator
 
-from pipelines.client import Reply
 from pipelines.smoke.language import LANGUAGES, language_of, may_be
 from pipelines.smoke.repetition import loop
 from xtuner_core.config import Config, Texts
+
+if TYPE_CHECKING:
+    from pipelines.client import Reply
 
 
 class Expect(Config):

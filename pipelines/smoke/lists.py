@@ -8,6 +8,7 @@ prompts:
 from __future__ import annotations
 
 from collections import Counter
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -92,7 +93,7 @@ def load_smoke(name_or_path: str) -> Smoke:
     """
     file = smoke_file(name_or_path)
     try:
-        tree = yaml.safe_load(file.read_text(encoding="utf-8"))
+        tree = _read(file.read_text(encoding="utf-8"))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{file}: not readable as YAML: {error}") from None
     if not isinstance(tree, dict):
@@ -101,6 +102,11 @@ def load_smoke(name_or_path: str) -> Smoke:
         return Smoke.model_validate(tree)
     except ValidationError as error:
         raise RecipeError("\n".join(_explain(file, tree, problem) for problem in error.errors())) from None
+
+
+@lru_cache(maxsize=8)
+def _read(text: str) -> Any:
+    return yaml.safe_load(text)
 
 
 def _explain(file: Path, tree: dict[str, Any], problem: Any) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import yaml
@@ -53,13 +54,19 @@ def load_suite(name_or_path: str) -> Suite:
     """
     file = _suite_file(name_or_path)
     try:
-        return Suite.model_validate(yaml.safe_load(file.read_text(encoding="utf-8")))
+        return _parsed(file.read_text(encoding="utf-8"))
     except ValidationError as error:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"]) or "(whole suite)"
         raise RecipeError(f"{file}: {field}: {problem['msg']}. A suite has a description and a list of datasets.") from None
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RecipeError(f"{file}: not readable as YAML: {error}") from None
+
+
+@lru_cache(maxsize=8)
+def _parsed(text: str) -> Suite:
+    """A run asks for its suites a dozen times."""
+    return Suite.model_validate(yaml.safe_load(text))
 
 
 def chosen(config: EvalConfig) -> tuple[Chosen, ...]:

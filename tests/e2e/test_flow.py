@@ -64,11 +64,11 @@ class Run:
         return getattr(outcome, "told", outcome)[0]
 
 
-def run_flow(store: Store, *overrides: str) -> Run:
+def run_flow(store: Store, *overrides: str, recheck: bool = False) -> Run:
     from flows.finetune import finetune_flow
 
     recipe = load_recipe(TINY, [*SHORT, *overrides])
-    return _as_recorded(finetune_flow(recipe, store=store.root, return_state=True), len(nodes(recipe)))
+    return _as_recorded(finetune_flow(recipe, store=store.root, recheck=recheck, return_state=True), len(nodes(recipe)))
 
 
 def _as_recorded(state: Any, count: int) -> Run:
@@ -178,11 +178,15 @@ def test_the_second_run_shows_cached_and_writes_nothing(first: Run, store: Store
 def test_exactly_what_is_damaged_is_rebuilt(first: Run, store: Store) -> None:
     before = whole(store)
     (stage(first, "prepare").payload / "samples.jsonl").unlink()
-    weights = stage(first, "convert").payload / "model" / "model.safetensors"
+    convert = stage(first, "convert")
+    weights = convert.payload / "model" / "model.safetensors"
+    stamp = weights.stat().st_mtime_ns
     data = bytearray(weights.read_bytes())
     data[-7] ^= 1
     weights.write_bytes(data)
-    again = run_flow(store)
+    os.utime(weights, ns=(stamp, stamp))
+    assert store.find("convert", convert.path.name), "as if the disk had rotted: size and time stamp tell nothing"
+    again = run_flow(store, recheck=True)
     assert again.names == {name: "Completed" if name in ("prepare", "convert") else "Cached" for name in NODES}
     assert whole(store) == before
     assert not list((store.root / ".damaged").iterdir())

@@ -96,11 +96,11 @@ def test_weeks(service: Service, tmp_path: Path) -> None:
     assert message(again).startswith(f"no new data: weeks@1 ({promotion.find(store, 'weeks@1').created}) was trained on what the 1 files")
     until(lambda: message(again) in logged(again))  # lines reach the server a little after the state
     assert again.total_run_time.total_seconds() < first.total_run_time.total_seconds() / 3
-    assert look() == "no new data: weeks@1 was trained on what the 1 files of data.train hold"
+    assert look() == "no new data: weeks@1 was trained on what the files of data.train hold"
 
     shutil.copyfile(CHATS / "heldout.jsonl", tmp_path / "data" / "week-2.jsonl")
     assert look(3600).startswith("still changing, or changed in the last 3600 s: train.jsonl, week-2.jsonl")
-    assert look().startswith("1 new files since weeks@1: week-2.jsonl; started ")
+    assert look().startswith("new files since weeks@1: week-2.jsonl; started ")
     second = ended(until(started_by_new_data)[0].id)
     assert message(second) == "all stages are whole; weeks@2 is in production"
     until(lambda: any(line.startswith("all stages are whole") or "Finished in state" in line for line in logged(second)))
@@ -112,7 +112,7 @@ def test_weeks(service: Service, tmp_path: Path) -> None:
     assert [Path(file["path"]).name for file in version.data] == ["train.jsonl", "week-2.jsonl"]
     sources = promotion.artifact(store, version, "prepare").metrics["sources"]
     assert {Path(one["file"]).name: one["sample_ratio"] for one in sources} == {"train.jsonl": 0.25, "week-2.jsonl": 1.0}
-    assert look() == "no new data: weeks@2 was trained on what the 2 files of data.train hold"
+    assert look() == "no new data: weeks@2 was trained on what the files of data.train hold"
 
     (tmp_path / "data" / "week-3.jsonl").write_text(json.dumps({"messages": "broken"}) + "\n", encoding="utf-8")
     assert "week-3.jsonl; started" in look()

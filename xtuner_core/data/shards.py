@@ -23,15 +23,14 @@ from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
-from filelock import FileLock, Timeout
-
-from xtuner_core.data.workers import workers
 from xtuner_core.digest import key_of, library_version, sha256
 from xtuner_core.durable import remove
 from xtuner_core.errors import DataError, Interrupted
 from xtuner_core.progress import Advance, Log, progress
 
 if TYPE_CHECKING:
+    from filelock import FileLock
+
     from xtuner_core.data.shard import Encoding, Tally
 
 SEAL = "seal.json"
@@ -184,6 +183,8 @@ Maker = Generator[Step]
 
 
 def _make_all(jobs: Sequence[Job], cache: Path, processes: int, advance: Advance, log: Log) -> None:
+    from xtuner_core.data.workers import workers
+
     active: set[Maker] = set()
     try:
         with workers(processes) as executor:
@@ -277,12 +278,16 @@ def _private(cache: Path, key: str) -> Iterator[Path]:
 
 
 def _lock(cache: Path, key: str) -> FileLock:
+    from filelock import FileLock
+
     folder = cache / ".locks"
     folder.mkdir(parents=True, exist_ok=True)
     return FileLock(folder / key)
 
 
 def _try(lock: FileLock) -> bool:
+    from filelock import Timeout
+
     try:
         lock.acquire(timeout=0)
     except Timeout:
