@@ -9,7 +9,7 @@ from typing import Any
 from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 
-from pipelines.promotion import model_name
+from pipelines.model_registry import model_name
 from pipelines.recipe import Recipe
 
 

@@ -21,9 +21,9 @@ from pydantic import Field
 
 from flows.caching import failed
 from flows.parameters import DEMO, AskedRecipe
-from pipelines import promotion, retraining
+from pipelines import model_registry, retraining
 from pipelines.artifacts import Store
-from pipelines.promotion import Version
+from pipelines.model_registry import Version
 from pipelines.recipe import Recipe
 from xtuner_core.errors import UserError, from_os_error
 
@@ -65,7 +65,7 @@ def _look(asked: Recipe, given: dict[str, Any], store: Store, settle_seconds: fl
     """Start the run if it is time to; what was found, in a line."""
     last = retraining.newest_made(asked, store)
     if last is None:
-        return f"no version of {promotion.model_name(asked)} was made by {asked.name} yet; start its first training by hand"
+        return f"no version of {model_registry.model_name(asked)} was made by {asked.name} yet; start its first training by hand"
     files = [one.file for one in retraining.training_inputs(asked)]
     if fresh := unsettled(files, settle_seconds, time.time()):
         return f"still changing, or changed in the last {settle_seconds:g} s: {_named(fresh)}; the next look takes what has come by then"
@@ -98,7 +98,7 @@ def _start(asked: Recipe, given: dict[str, Any], store: Store, last: Version, ne
     run: Any = run_deployment(DEPLOYMENT, parameters=parameters, timeout=0, idempotency_key=key, as_subflow=False)
     emit_event(
         "finetune.data.arrived",
-        {"prefect.resource.id": f"finetune.model.{promotion.model_name(asked)}"},
+        {"prefect.resource.id": f"finetune.model.{model_registry.model_name(asked)}"},
         payload={"files": [file.name for file in new], "since": last.title, "flow_run": str(run.id)},
     )
     return f"{found}; started {run.name}"

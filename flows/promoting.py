@@ -1,7 +1,7 @@
 """After the stages: the run's result becomes a version, and goes into production if the recipe's gate, or a person, says so.
 
-The registry is files (pipelines/promotion.py); every new line of its history becomes an event `finetune.model.WHAT`, on which automations
-and deployments may be triggered, and a new edition of the table NAME-versions.
+The registry is files (pipelines/model_registry.py); every new line of its history becomes an event `finetune.model.WHAT`, on which
+automations and deployments may be triggered, and a new edition of the table NAME-versions.
 
 A run that waits for a person is suspended: its process ends. Resumed, or tried again after it was killed, it decides about the version
 that it had made, whatever lies in the data folder or is in production by then.
@@ -30,10 +30,11 @@ from pydantic import Field
 
 from flows.caching import failed, finished
 from flows.reporting.board import slug
-from pipelines import promotion
+from pipelines import model_registry, promotion
 from pipelines.artifacts import Artifact, Damaged, Hold, Result, Store
+from pipelines.model_history import Entry
+from pipelines.model_registry import Version
 from pipelines.pipeline import nodes
-from pipelines.promotion import Entry, Version
 from pipelines.recipe import Recipe
 from xtuner_core.errors import DataError, UserError
 
@@ -52,7 +53,7 @@ class Approval(RunInput):
 def made_before(store: Store) -> Version | None:
     """The version that this flow run had made, and was to decide about, when it was suspended or killed."""
     title = read_flow_run_input(MADE)
-    return promotion.find(store, str(title)) if title else None
+    return model_registry.find(store, str(title)) if title else None
 
 
 def found_again(recipe: Recipe, version: Version, store: Store) -> tuple[dict[str, Result], State[Any] | None]:
@@ -87,8 +88,8 @@ def conclude(recipe: Recipe, store: Store, results: Mapping[str, Result], summar
         UserError: it should go into production and cannot: it is damaged, say.
         Pause: the run is suspended until a person has answered.
     """
-    name = promotion.model_name(recipe)
-    known = len(promotion.history(store, name))
+    name = model_registry.model_name(recipe)
+    known = len(model_registry.history(store, name))
     try:
         made: dict[str, Artifact] = {node: result.artifact for node, result in results.items()}
         version = promotion.register(store, recipe, made, summary["ok"], faults, summary["scores"], f"run {flow_run.name}")
@@ -98,14 +99,14 @@ def conclude(recipe: Recipe, store: Store, results: Mapping[str, Result], summar
 
 
 def _follow(recipe: Recipe, store: Store, version: Version) -> str:
-    decision = promotion.decide(recipe, version, promotion.status(store, version))
+    decision = promotion.decide(recipe, version, model_registry.status(store, version))
     if decision in ("promote", "ask") and read_flow_run_input(MADE) is None:
         create_flow_run_input(MADE, version.title)
     match decision:
         case "reject":
             promotion.reject(store, version, "gate", version.faults)
         case "promote":
-            outdated = partial(promotion.judged_against_another, store, recipe, version)
+            outdated = partial(model_registry.judged_against_another, store, recipe, version)
             if not promotion.promote(store, version, "gate", "the gate and the chat test passed", unless=outdated):
                 get_run_logger().warning("another version went into production while %s was judged; it stays a candidate", version.title)
         case "ask" if deployment.id:
@@ -116,7 +117,7 @@ def _follow(recipe: Recipe, store: Store, version: Version) -> str:
 
 
 def _told(store: Store, version: Version) -> str:
-    now = promotion.status(store, version)
+    now = model_registry.status(store, version)
     by_hand = f": xtuner promote {version.title} --why ..." if now == "candidate" else ""
     return f"{version.title} is {'in production' if now == 'production' else f'a {now} version'}{by_hand}"
 
@@ -126,7 +127,7 @@ def _ask(recipe: Recipe, store: Store, version: Version) -> None:
 
     The key names what was shown: should another version be in production by then, the question is another one, and asked anew.
     """
-    in_use = promotion.production(store, version.name)
+    in_use = model_registry.production(store, version.name)
     shown = Approval.with_initial_data(description=question(store, recipe, version, in_use))
     key = f"approve-{version.number}-{version.artifacts['convert']['payload_digest'][:16]}-instead-of-{in_use.number if in_use else 'none'}"
     answer = suspend_flow_run(wait_for_input=shown, timeout=int(recipe.promotion.approval_hours * 3600), key=key)
@@ -141,18 +142,18 @@ def question(store: Store, recipe: Recipe, version: Version, in_use: Version | N
     verdict = store.root / "verdict" / version.artifacts["verdict"]["key"]
     report = (verdict / "payload" / "report.md").read_text(encoding="utf-8")
     instead = f"in place of {in_use.title}" if in_use else "as the first one"
-    folder = promotion.folder(store, version) / "model"
+    folder = model_registry.folder(store, version) / "model"
     heading = re.sub("^#", "##", report, flags=re.MULTILINE)
-    outdated = promotion.judged_against_another(store, recipe, version)
+    outdated = model_registry.judged_against_another(store, recipe, version)
     warning = "\n\n**It was not compared with that one:** another was in production when it was judged." if outdated else ""
     return f"**{version.title}** would go into production {instead}.{warning}\n\n{heading}\n\nTry it first: `xtuner chat {folder}`\n"
 
 
 def announce(store: Store, name: str, known: int) -> None:
     """Tell Prefect the lines of the model's history behind the first `known`, and show the table and the pointer anew."""
-    fresh = promotion.history(store, name)[known:]
+    fresh = model_registry.history(store, name)[known:]
     for entry in fresh:
-        _emit(store, promotion.find(store, f"{name}@{entry.version}"), entry)
+        _emit(store, model_registry.find(store, f"{name}@{entry.version}"), entry)
     if fresh:
         _show(store, name)
 
@@ -164,8 +165,8 @@ def _emit(store: Store, version: Version, entry: Entry) -> None:
         "version": version.number,
         "title": version.title,
         "recipe": version.recipe,
-        "folder": str(promotion.folder(store, version) / "model"),
-        "serve": str(promotion.home(store, version.name) / "production" / "model"),
+        "folder": str(model_registry.folder(store, version) / "model"),
+        "serve": str(model_registry.home(store, version.name) / "production" / "model"),
         "scores": version.scores,
         "gate": version.gate,
         "faults": version.faults,
@@ -179,9 +180,9 @@ def _emit(store: Store, version: Version, entry: Entry) -> None:
 def _show(store: Store, name: str) -> None:
     rows = [
         {"version": entry.version, "what": entry.what, "at": entry.at, "by": entry.by, "why": entry.why}
-        for entry in reversed(promotion.history(store, name))
+        for entry in reversed(model_registry.history(store, name))
     ]
-    in_use = promotion.production(store, name)
+    in_use = model_registry.production(store, name)
     told = f"In production: {in_use.title}" if in_use else "None in production"
     create_table_artifact(rows, key=f"{slug(name)}-versions", description=told)
     Variable.set(f"production_{slug(name).replace('-', '_')}", in_use.title if in_use else "none", overwrite=True)

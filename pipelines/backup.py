@@ -17,7 +17,7 @@ from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
-from pipelines import promotion
+from pipelines import model_registry, promotion
 from pipelines.artifacts import Hold, Store
 from pipelines.lineage import read_manifest
 from xtuner_core.durable import publish, remove
@@ -51,7 +51,7 @@ def back_up(store: Store, home: Path | None, target: Path, say: Callable[[str], 
 
 def _require_there(store: Store, copy: Store) -> None:
     """What is not mounted, or was lost, must not take the place of the copy that was made for that day."""
-    lost = [part for part in ("", "models") if not (store.root / part).is_dir() and promotion.names(copy)]
+    lost = [part for part in ("", "models") if not (store.root / part).is_dir() and model_registry.names(copy)]
     if lost or not store.root.is_dir():
         place = store.root / "".join(lost)
         raise DataError(f"{place}: no such folder, so the backup in {copy.root} is left as it is. Is the disk mounted, and --store right?")

@@ -21,7 +21,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from pipelines import promotion
+from pipelines import model_registry, promotion
 from pipelines.artifacts import ATTEMPT, USED, Damaged, Store
 from xtuner_core.durable import remove, write_json
 from xtuner_core.errors import RecipeError
@@ -228,10 +228,10 @@ def kept(store: Store, items: Sequence[Item], now: float) -> Kept:
 
 def registered(store: Store) -> Iterator[tuple[str, str]]:
     """The artifacts of the versions that the registry needs; DataError if it cannot be read."""
-    for name in promotion.names(store):
-        order = promotion.succession(promotion.history(store, name))
-        known = promotion.versions(store, name)
-        in_use = promotion.production(store, name)
+    for name in model_registry.names(store):
+        order = promotion.succession(model_registry.history(store, name))
+        known = model_registry.versions(store, name)
+        in_use = model_registry.production(store, name)
         reasons = {known[-1].number: "newest version"} if known else {}
         reasons |= dict.fromkeys(order[-2:-1], "in production before")
         reasons |= {in_use.number: "in production"} if in_use else {}

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import promotion
+from pipelines import model_registry
 from pipelines.artifacts import Store, is_sealed
-from pipelines.promotion import Version
+from pipelines.model_registry import Version
 from xtuner_core.errors import RecipeError
 
 Reference = Mapping[str, str]
@@ -90,13 +90,13 @@ def trace_back(store: Store, model: str) -> Chain:
 
 
 def _meant(store: Store, model: str) -> tuple[Store, Version | None, Reference]:
-    if "/" not in model and (model.partition("@")[0] in promotion.names(store) or not Path(model).exists()):
-        version = promotion.find(store, model)
+    if "/" not in model and (model.partition("@")[0] in model_registry.names(store) or not Path(model).exists()):
+        version = model_registry.find(store, model)
         return store, version, version.artifacts["convert"]
     path = Path(model).resolve()
     for folder in (path, *path.parents):
         if (folder / "version.json").is_file():
-            version = promotion.read_version(folder / "version.json")
+            version = model_registry.read_version(folder / "version.json")
             return Store(folder.parents[3]), version, version.artifacts["convert"]
         if (folder / "manifest.json").is_file() and (folder / "payload").is_dir():
             store = Store(folder.parents[1])

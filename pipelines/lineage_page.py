@@ -7,7 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from pipelines import promotion
+from pipelines import model_registry
 from pipelines.lineage import Chain, Step, id_of, place_in
 
 SHOWN_FILES = 8
@@ -35,7 +35,7 @@ def as_text(chain: Chain) -> Iterator[str]:
     """A paragraph for each step, what it is made of first."""
     yield f"{chain.title}: {chain.store.root / id_of(chain.model) / 'payload' / 'model'}"
     if version := chain.version:
-        state = promotion.status(chain.store, version)
+        state = model_registry.status(chain.store, version)
         yield f"{state}, registered {version.created}, {'passed gate and chat test' if version.gate else version.faults}"
     for step in chain.steps:
         yield ""

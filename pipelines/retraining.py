@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipelines import base_model, prepare, promotion
+from pipelines import base_model, model_registry, prepare
 from pipelines.artifacts import Artifact, Store
+from pipelines.model_registry import REGISTRY, Version
 from pipelines.pipeline import Node, nodes
-from pipelines.promotion import REGISTRY, Version
 from pipelines.recipe import Recipe, changed, load_recipe
 from xtuner_core.config import DataConfig, Source, trained_otherwise
 from xtuner_core.data.prepare import Input
@@ -63,8 +63,8 @@ def as_of_today(recipe: Recipe, store: Store) -> Recipe:
 def _compared(recipe: Recipe, store: Store) -> Recipe:
     if recipe.eval.production != REGISTRY:
         return recipe
-    if version := promotion.production(store, promotion.model_name(recipe)):
-        update = {"production": str(promotion.folder(store, version) / "model")}
+    if version := model_registry.production(store, model_registry.model_name(recipe)):
+        update = {"production": str(model_registry.folder(store, version) / "model")}
     else:  # the first one has nothing to be better than
         update = {"production": None, "gate": tuple(rule for rule in recipe.eval.gate if rule.against != "production")}
     return recipe.model_copy(update={"eval": recipe.eval.model_copy(update=update)})
@@ -81,7 +81,7 @@ def _continued(recipe: Recipe, store: Store) -> Recipe:
     return recipe.model_copy(
         update={
             "data": recipe.data.model_copy(update={"train": sources}),
-            "train": recipe.train.model_copy(update={"start": str(promotion.checkpoint(store, version))}),
+            "train": recipe.train.model_copy(update={"start": str(model_registry.checkpoint(store, version))}),
         }
     )
 
@@ -110,10 +110,10 @@ def training_inputs(recipe: Recipe) -> list[Input]:
 
 def beginning(recipe: Recipe, store: Store) -> Beginning:
     """Where the training of the recipe, as it is written, begins today."""
-    name = promotion.model_name(recipe)
+    name = model_registry.model_name(recipe)
     if recipe.retrain.start == "base":
         return Beginning(None, "training begins at the base model, as the recipe says")
-    in_use = promotion.production(store, name)
+    in_use = model_registry.production(store, name)
     if in_use is None:
         return Beginning(None, f"training begins at the base model: no version of {name} is in production yet")
     if reason := _unfit(recipe, store, in_use):
@@ -129,7 +129,7 @@ def beginning(recipe: Recipe, store: Store) -> Beginning:
 def _not_ahead(store: Store, version: Version | None, digests: Collection[str]) -> Version | None:
     """The version, or the one before it that has not seen all of these files."""
     while version and {entry["sha256"] for entry in version.data}.issuperset(digests):
-        version = promotion.went_on_from(store, version)
+        version = model_registry.went_on_from(store, version)
     return version
 
 
@@ -138,7 +138,7 @@ def _unfit(recipe: Recipe, store: Store, version: Version) -> str:
     if gone := _without_checkpoint(store, version):
         return gone
     try:
-        train, base = (promotion.artifact(store, version, node).manifest for node in ("train", "base"))
+        train, base = (model_registry.artifact(store, version, node).manifest for node in ("train", "base"))
     except (OSError, ValueError):
         return "what it was made of is not in the store any more"
     if differs := trained_otherwise(train["ingredients"]["settings"]["train"], recipe.train):
@@ -147,7 +147,7 @@ def _unfit(recipe: Recipe, store: Store, version: Version) -> str:
 
 
 def _without_checkpoint(store: Store, version: Version) -> str:
-    there = (promotion.checkpoint(store, version) / "checkpoint.json").is_file()
+    there = (model_registry.checkpoint(store, version) / "checkpoint.json").is_file()
     return "" if there else "its training checkpoint is not in the store any more"
 
 
@@ -194,7 +194,7 @@ def news(recipe: Recipe, store: Store) -> News | None:
 
 def newest_made(recipe: Recipe, store: Store) -> Version | None:
     """The newest version that this recipe made, whatever has become of it."""
-    made = [version for version in promotion.versions(store, promotion.model_name(recipe)) if version.recipe == recipe.name]
+    made = [version for version in model_registry.versions(store, model_registry.model_name(recipe)) if version.recipe == recipe.name]
     return made[-1] if made else None
 
 
@@ -207,7 +207,7 @@ def new_files(recipe: Recipe, store: Store, version: Version) -> list[Path]:
 
 def _changes(node: Node, recipe: Recipe, store: Store, version: Version) -> list[str]:
     try:
-        before = promotion.artifact(store, version, node.name).manifest["ingredients"]
+        before = model_registry.artifact(store, version, node.name).manifest["ingredients"]
     except (OSError, ValueError, KeyError):
         return [f"{node.name}: what {version.title} was made of is not in the store any more"]
     by_content = _BY_CONTENT.get(node.name, ()) if recipe.retrain.start == "production" else ()

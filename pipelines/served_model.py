@@ -58,10 +58,10 @@ def named_model(text: str, store: Path) -> Path:
     """
     if "@" not in text or Path(text).exists():
         return Path(text)
-    from pipelines import promotion
+    from pipelines import model_registry
     from pipelines.artifacts import Store
 
-    return promotion.folder(Store(store), promotion.find(Store(store), text)) / "model"
+    return model_registry.folder(Store(store), model_registry.find(Store(store), text)) / "model"
 
 
 def _holding(path: Path, file: str, name: str) -> Path | None:

@@ -27,7 +27,7 @@ from prefect.runtime import flow_run
 from flows.reporting.sections import SECTIONS, model_card, page
 from flows.reporting.summary import outcome, state_of
 from pipelines.artifacts import Result, Store
-from pipelines.promotion import model_name
+from pipelines.model_registry import model_name
 from pipelines.recipe import Recipe
 
 log = get_logger("reporting")

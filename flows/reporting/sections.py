@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.reporting.summary import table
-from pipelines import promotion
+from pipelines import model_registry
 from pipelines.artifacts import Artifact, Result, Store
 from pipelines.lineage import trace_back
 from pipelines.lineage_page import mermaid
@@ -67,12 +67,13 @@ SECTIONS: Mapping[str, Callable[[Artifact], str]] = {"prepare": data, "train": l
 def model_card(store: Store, name: str, verdict: Artifact) -> str:
     """What the judged model is in the registry today, where it came from, and the card that lies beside its scores."""
     judged = verdict.reference
-    version = next((one for one in promotion.versions(store, name) if one.artifacts["verdict"] == judged), None)
+    version = next((one for one in model_registry.versions(store, name) if one.artifacts["verdict"] == judged), None)
     card = (verdict.payload / "README.md").read_text(encoding="utf-8").split("\n---\n", 1)[-1].lstrip()  # without the header for machines
     if version is None:
         return card
     title, rest = card.split("\n", 1)
-    standing = f"**{plain(version.title)}**: {promotion.status(store, version)}. Folder: `{promotion.folder(store, version) / 'model'}`"
+    folder = model_registry.folder(store, version) / "model"
+    standing = f"**{plain(version.title)}**: {model_registry.status(store, version)}. Folder: `{folder}`"
     graph = f"## Lineage\n\n```mermaid\n{mermaid(trace_back(store, version.title))}```"
     about, heading, recipe = rest.partition("## Recipe\n")
     return f"{title}\n\n{standing}\n{about}{graph}\n\n{heading}{recipe}"

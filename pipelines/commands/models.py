@@ -16,7 +16,7 @@ from xtuner_core.errors import RecipeError
 
 if TYPE_CHECKING:
     from pipelines.artifacts import Store
-    from pipelines.promotion import Version
+    from pipelines.model_registry import Version
 
 MODELS = Group("Models and where they came from")
 EVENT_SECONDS = 60
@@ -38,32 +38,33 @@ def models(name: str | None = None, *, store: StoreDir = DEFAULT_STORE) -> None:
     name
         A model's name.
     """
-    from pipelines import promotion
+    from pipelines import model_registry
     from pipelines.artifacts import Store
 
-    known = promotion.names(Store(store))
+    known = model_registry.names(Store(store))
     if not known:
         print(f"no model in {Store(store).root}; a run that ends registers one")
     if name is None:
         for one in known:
-            in_use = promotion.production(Store(store), one)
-            print(f"{one:<40} {len(promotion.versions(Store(store), one))} versions, in production: {in_use.number if in_use else 'none'}")
+            in_use = model_registry.production(Store(store), one)
+            count = len(model_registry.versions(Store(store), one))
+            print(f"{one:<40} {count} versions, in production: {in_use.number if in_use else 'none'}")
     else:
         _tell(Store(store), name)
 
 
 def _tell(store: Store, name: str) -> None:
-    from pipelines import promotion
+    from pipelines import model_registry
 
-    promotion.find(store, name)
-    for version in promotion.versions(store, name):
-        state = promotion.status(store, version)
+    model_registry.find(store, name)
+    for version in model_registry.versions(store, name):
+        state = model_registry.status(store, version)
         print(f"{version.title:<30} {state:<11} {version.created[:16]}  {_scores(version)}{_faults(version)}")
     print("\nhistory")
-    for entry in promotion.history(store, name):
+    for entry in model_registry.history(store, name):
         print(f"{entry.at[:16]}  {f'{name}@{entry.version}':<30} {entry.what:<11} by {entry.by}: {entry.why}")
-    if promotion.production(store, name):
-        print(f"\nserve it: {promotion.home(store, name) / 'production' / 'model'}")
+    if model_registry.production(store, name):
+        print(f"\nserve it: {model_registry.home(store, name) / 'production' / 'model'}")
 
 
 def _scores(version: Version) -> str:
@@ -92,18 +93,17 @@ def promote(
     anyway
         Even if it did not pass the gate or the chat test.
     """
-    from pipelines import promotion
+    from pipelines import model_registry, promotion
     from pipelines.artifacts import Store
 
     place = Store(store)
-    version = promotion.find(place, _with_number(title))
+    version = model_registry.find(place, _with_number(title))
     if not version.gate and not anyway:
         raise RecipeError(f"{version.title} did not pass: {version.faults} With --anyway it goes into production all the same.")
-    known = len(promotion.history(place, version.name))
+    known = len(model_registry.history(place, version.name))
     changed = promotion.promote(place, version, by or getpass.getuser(), why)
-    print(
-        f"{version.title} is in production{'' if changed else ' already'}: {promotion.home(place, version.name) / 'production' / 'model'}"
-    )
+    served = model_registry.home(place, version.name) / "production" / "model"
+    print(f"{version.title} is in production{'' if changed else ' already'}: {served}")
     _tell_the_server(place, version.name, known)
 
 
@@ -123,13 +123,13 @@ def rollback(name: str, *, why: Why, by: str | None = None, store: StoreDir = DE
     by
         Who decides; the user of this machine if not given.
     """
-    from pipelines import promotion
+    from pipelines import model_registry, promotion
     from pipelines.artifacts import Store
 
     place = Store(store)
-    known = len(promotion.history(place, name))
+    known = len(model_registry.history(place, name))
     version = promotion.rollback(place, name, by or getpass.getuser(), why)
-    print(f"{version.title} is in production: {promotion.home(place, name) / 'production' / 'model'}")
+    print(f"{version.title} is in production: {model_registry.home(place, name) / 'production' / 'model'}")
     _tell_the_server(place, name, known)
 
 

@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import yaml
 
-from pipelines import promotion, retraining
+from pipelines import model_registry, promotion, retraining
 from pipelines.artifacts import Artifact, Store
+from pipelines.model_registry import Version
 from pipelines.pipeline import nodes, plan
-from pipelines.promotion import Version
 from pipelines.recipe import PROJECT, Recipe
 from pipelines.retraining import as_of_today, asked, beginning, news, nothing_new, recipe_of_today
 from pipelines.runner import run_node
@@ -147,8 +147,8 @@ def test_a_run_that_goes_on_learns_the_new_file_whole_and_replays_a_part_of_the_
     log = (third.artifacts["train"].record / "train.log").read_text()
     assert f"trained tensors of {first.artifacts['train'].payload / 'checkpoint'}" in log
     assert third.rows()[0]["total_loss"] < first.rows()[0]["total_loss"] - 0.1
-    assert promotion.went_on_from(weeks.store, third.version) == first.version
-    assert promotion.went_on_from(weeks.store, first.version) is None
+    assert model_registry.went_on_from(weeks.store, third.version) == first.version
+    assert model_registry.went_on_from(weeks.store, first.version) is None
 
 
 def test_a_version_remembers_what_those_before_it_have_seen_and_no_file_for_validation(weeks: Weeks, first: Made, third: Made) -> None:
@@ -158,7 +158,7 @@ def test_a_version_remembers_what_those_before_it_have_seen_and_no_file_for_vali
     recipe = weeks.today(*held)
     for node in nodes(recipe)[:2]:
         made[node.name] = run_node(node, recipe, weeks.store, made, print).artifact
-    assert {Path(file["path"]).name for file in promotion.trained_on(weeks.store, "other", made)} == {"a.jsonl", "b.jsonl"}
+    assert {Path(file["path"]).name for file in model_registry.trained_on(weeks.store, "other", made)} == {"a.jsonl", "b.jsonl"}
 
 
 def test_asked_for_again_it_is_the_same_run_before_and_after_its_promotion(weeks: Weeks, first: Made, third: Made) -> None:
@@ -166,7 +166,7 @@ def test_asked_for_again_it_is_the_same_run_before_and_after_its_promotion(weeks
     assert weeks.cached() >= stages and nothing_new(weeks.today(), weeks.store)
     promotion.promote(weeks.store, third.version, "Ada", "better")
     assert weeks.cached() >= stages and nothing_new(weeks.today(), weeks.store)
-    assert weeks.today().eval.production == str(promotion.folder(weeks.store, third.version) / "model")
+    assert weeks.today().eval.production == str(model_registry.folder(weeks.store, third.version) / "model")
     promotion.rollback(weeks.store, "tiny_service", "Ada", "worse")
     assert weeks.cached() >= stages and nothing_new(weeks.today(), weeks.store)
 
@@ -207,7 +207,7 @@ def test_where_it_cannot_go_on_it_begins_at_the_base_with_all_files_and_says_why
 
 def test_a_checkpoint_that_is_gone_is_told(weeks: Weeks, first: Made, third: Made, tmp_path: Path) -> None:
     promotion.promote(weeks.store, first.version, "Ada", "for this test")
-    checkpoint = promotion.checkpoint(weeks.store, first.version)
+    checkpoint = model_registry.checkpoint(weeks.store, first.version)
     shutil.move(checkpoint, tmp_path / "away")
     try:
         assert beginning(weeks.written(), weeks.store).why.endswith("its training checkpoint is not in the store any more")

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from pipelines import promotion
+from pipelines import model_registry, promotion
 from pipelines.artifacts import Store
-from pipelines.promotion import Version
+from pipelines.model_registry import Version
 from tests.unit.pipelines.registry import in_use, registered, result
 
 CHANGES = {"os.rename", "os.remove", "os.symlink", "os.mkdir", "os.rmdir", "open"}
@@ -47,7 +47,7 @@ def ends_alive(work: Callable[[], object], deadly: int) -> bool:
 
 
 def promoted(store: Store) -> list[tuple[int, str, str]]:
-    return [(entry.version, entry.what, entry.why) for entry in promotion.history(store, "tickets") if entry.what != "registered"]
+    return [(entry.version, entry.what, entry.why) for entry in model_registry.history(store, "tickets") if entry.what != "registered"]
 
 
 @pytest.mark.parametrize("change", ["promote", "rollback"])
@@ -60,15 +60,15 @@ def test_killed_at_any_instant_the_old_model_or_the_new_is_in_use_and_the_histor
     before, work, after = works[change]
     for version in before:
         promotion.promote(store, version, "Ada", "before")
-    old, lines = promotion.find(store, "tickets"), promoted(store)
+    old, lines = model_registry.find(store, "tickets"), promoted(store)
     outcomes, deadly = set(), 0
     while not ends_alive(work, deadly := deadly + 1):
-        now = promotion.find(store, "tickets")
+        now = model_registry.find(store, "tickets")
         assert in_use(store) == f"convert of {['one', 'two'][now.number - 1]}"
         told = promoted(store)
         assert told[: len(lines)] == lines
         assert [line[0] for line in told[len(lines) :]] == ([after.number] if now == after else [])
-        assert promotion.succession(promotion.history(store, "tickets"))[-1] == now.number
+        assert promotion.succession(model_registry.history(store, "tickets"))[-1] == now.number
         outcomes.add(now.number)
         if now == after:  # back to the beginning, by the next process, which finds what was left undone
             if change == "promote":
@@ -76,7 +76,7 @@ def test_killed_at_any_instant_the_old_model_or_the_new_is_in_use_and_the_histor
             else:
                 promotion.promote(store, two, "Ada", "undone")
             lines = promoted(store)
-    assert promotion.find(store, "tickets") == after
+    assert model_registry.find(store, "tickets") == after
     assert outcomes == {old.number, after.number}, "no kill fell on either side of the change"
     assert deadly > 5
 
@@ -88,9 +88,9 @@ def test_killed_while_registering_the_next_one_makes_it_whole(store: Store, tmp_
         deadly += 1
         copy = Store(shutil.copytree(store.root, tmp_path / str(deadly)))
         alive = ends_alive(lambda copy=copy: registered(copy, "one"), deadly)
-        assert [version.title for version in promotion.versions(copy, "tickets")] in ([], ["tickets@1"])
+        assert [version.title for version in model_registry.versions(copy, "tickets")] in ([], ["tickets@1"])
         assert registered(copy, "one").title == "tickets@1"
-        assert [entry.what for entry in promotion.history(copy, "tickets")] == ["registered"]
+        assert [entry.what for entry in model_registry.history(copy, "tickets")] == ["registered"]
         assert [path.name for path in (copy.root / "models/tickets/versions").iterdir()] == ["0001"], "a draft was left"
     assert deadly > 5
 
@@ -110,5 +110,5 @@ def test_processes_side_by_side(store: Store) -> None:
             os._exit(0)
         children.append(child)
     assert [os.waitpid(child, 0)[1] for child in children] == [0, 0, 0]
-    assert len(promotion.versions(store, "tickets")) == 3
-    assert promotion.find(store, "tickets").number == promoted(store)[-1][0]
+    assert len(model_registry.versions(store, "tickets")) == 3
+    assert model_registry.find(store, "tickets").number == promoted(store)[-1][0]

@@ -16,9 +16,9 @@ from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import FlowRun
 
 from flows.service import Service
-from pipelines import promotion
+from pipelines import model_registry
 from pipelines.artifacts import Store
-from pipelines.promotion import Version
+from pipelines.model_registry import Version
 from pipelines.recipe import PROJECT
 from tests.service.conftest import TINY
 
@@ -66,12 +66,12 @@ def events(model: str, *whats: str) -> list[dict[str, Any]]:
 
 
 def in_use(service: Service, model: str) -> Version | None:
-    return promotion.production(Store(service.store), model)
+    return model_registry.production(Store(service.store), model)
 
 
 def status(service: Service, title: str) -> str:
     store = Store(service.store)
-    return promotion.status(store, promotion.find(store, title))
+    return model_registry.status(store, model_registry.find(store, title))
 
 
 def shell(*words: str) -> subprocess.CompletedProcess[str]:
@@ -110,7 +110,7 @@ def test_the_gate_promotes_and_a_rollback_is_told_to_the_server(service: Service
     assert second.state and second.state.message == "all stages are whole; gated@2 is in production"
     done = shell("rollback", "gated", "--why", "rude answers", "--store", str(service.store))
     assert done.returncode == 0, done.stderr
-    assert in_use(service, "gated") == promotion.find(Store(service.store), "gated@1")
+    assert in_use(service, "gated") == model_registry.find(Store(service.store), "gated@1")
     last = events("gated", "registered", "promoted", "registered", "promoted", "rolled-back")[-1]
     assert last["resource"]["prefect.resource.name"] == "gated@1"
     assert (last["payload"]["version"], last["payload"]["why"]) == (1, "rude answers")
@@ -145,7 +145,7 @@ def test_a_person_is_waited_for_without_a_process_and_decides_about_what_was_sho
     again = task_states(run)[before:]
     assert {state for _, state in again} == {"Cached"}
     assert [name for name, _ in again] == ["base", "prepare", "train", "convert", "eval-base", "eval", "verdict", "chat"]
-    last = promotion.history(Store(service.store), "asked")[-1]
+    last = model_registry.history(Store(service.store), "asked")[-1]
     assert (last.version, last.what, last.by, last.why) == (1, "promoted", "Ada", "reads well")
     events("asked", "registered", "promoted")
 

@@ -18,7 +18,7 @@ from prefect.client.schemas.objects import FlowRun
 
 from flows.new_data import new_data
 from flows.service import Service
-from pipelines import promotion
+from pipelines import model_registry
 from pipelines.artifacts import Store
 from pipelines.recipe import PROJECT
 from tests.service.conftest import TINY
@@ -93,7 +93,9 @@ def test_weeks(service: Service, tmp_path: Path) -> None:
 
     again = ended(start("finetune-flow/weekly", **place, trigger="schedule"))
     assert again.state_name == "Completed"
-    assert message(again).startswith(f"no new data: weeks@1 ({promotion.find(store, 'weeks@1').created}) was trained on what the 1 files")
+    assert message(again).startswith(
+        f"no new data: weeks@1 ({model_registry.find(store, 'weeks@1').created}) was trained on what the files"
+    )
     until(lambda: message(again) in logged(again))  # lines reach the server a little after the state
     assert again.total_run_time.total_seconds() < first.total_run_time.total_seconds() / 3
     assert look() == "no new data: weeks@1 was trained on what the files of data.train hold"
@@ -108,9 +110,9 @@ def test_weeks(service: Service, tmp_path: Path) -> None:
     assert "training begins with the weights of weeks@1" in told
     assert f"new since weeks@1: file {tmp_path / 'data' / 'week-2.jsonl'}" in told
     assert any("tokenized 1 of 2 input files" in line for line in told)
-    version = promotion.find(store, "weeks@2")
+    version = model_registry.find(store, "weeks@2")
     assert [Path(file["path"]).name for file in version.data] == ["train.jsonl", "week-2.jsonl"]
-    sources = promotion.artifact(store, version, "prepare").metrics["sources"]
+    sources = model_registry.artifact(store, version, "prepare").metrics["sources"]
     assert {Path(one["file"]).name: one["sample_ratio"] for one in sources} == {"train.jsonl": 0.25, "week-2.jsonl": 1.0}
     assert look() == "no new data: weeks@2 was trained on what the files of data.train hold"
 

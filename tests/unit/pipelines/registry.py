@@ -7,7 +7,7 @@ from typing import Any
 
 from pipelines import promotion
 from pipelines.artifacts import Artifact, Store
-from pipelines.promotion import Version
+from pipelines.model_registry import Version
 from pipelines.recipe import load_recipe
 from pipelines.stage import Metrics, Stage, Work
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines import promotion
+from pipelines import model_registry, promotion
 from pipelines.artifacts import Store
 from pipelines.backup import DATABASE, back_up
 from pipelines.inventory import check, pins
@@ -69,7 +69,7 @@ def test_while_runs_go_on_every_version_in_the_copy_has_its_artifacts(tmp_path: 
             copy = Store(tmp_path / f"copy{number}" / "store")
             back_up(store, None, copy.root.parent, print)
             assert whole(copy)
-            for version in promotion.versions(copy, TINY):
+            for version in model_registry.versions(copy, TINY):
                 promotion.require_whole(copy, version)
                 assert all((copy.root / made["stage"] / made["key"]).is_dir() for made in version.artifacts.values())
             number += 1
@@ -77,7 +77,7 @@ def test_while_runs_go_on_every_version_in_the_copy_has_its_artifacts(tmp_path: 
     assert running.returncode == 0
     assert number
     back_up(store, None, tmp_path / "copy0", print)
-    assert len(promotion.versions(Store(tmp_path / "copy0" / "store"), TINY)) == 6
+    assert len(model_registry.versions(Store(tmp_path / "copy0" / "store"), TINY)) == 6
 
 
 def test_the_database_is_copied_while_it_is_written(tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipelines import promotion
+from pipelines import model_registry, promotion
 from pipelines.artifacts import Artifact, Store
 from pipelines.cleanup import choose, clean, parse_age, parse_size
 from pipelines.inventory import DAY, RESUMABLE_DAYS, Item, Kept, check, inventory, kept, named, pin, total, unpin
@@ -66,7 +66,7 @@ def there(store: Store) -> set[str]:
     return {f"{folder.parent.name}/{folder.name}" for folder in store.folders()}
 
 
-def register(store: Store, made: Mapping[str, Artifact], gate: bool = True) -> promotion.Version:
+def register(store: Store, made: Mapping[str, Artifact], gate: bool = True) -> model_registry.Version:
     return promotion.register(store, RECIPE, made, gate, "", {})
 
 
@@ -136,7 +136,7 @@ def test_production_the_one_before_and_the_newest_stay_with_all_they_were_made_f
 def test_a_registry_that_cannot_be_read_stops_the_clean_up(store: Store) -> None:
     made = names(run(store, 1))
     version = register(store, run(store, 1))
-    (promotion.folder(store, version) / "version.json").write_text("{")
+    (model_registry.folder(store, version) / "version.json").write_text("{")
     with pytest.raises(DataError, match=r"version\.json"):
         tidy(store)
     assert there(store) == made
@@ -478,7 +478,7 @@ STEPS = st.lists(
 
 def _histories(steps: list[tuple[str, int]], store: Store) -> Iterator[set[str]]:
     """After each clean-up what must be there."""
-    known: list[promotion.Version] = []
+    known: list[model_registry.Version] = []
     for what, number in steps:
         if what == "run":
             run(store, number)
@@ -514,7 +514,7 @@ def test_whatever_was_done_before(steps: list[tuple[str, int]]) -> None:
         for must in _histories([*steps, ("clean", 0)], store):
             assert must <= there(store)
             assert all_are_whole(store)
-            if version := promotion.production(store, RECIPE.name):
+            if version := model_registry.production(store, RECIPE.name):
                 promotion.require_whole(store, version)
     finally:
         shutil.rmtree(place)

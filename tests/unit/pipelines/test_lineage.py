@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from pipelines import lineage_page, promotion
+from pipelines import lineage_page, model_registry, promotion
 from pipelines.artifacts import Artifact, Store, describe_files, sealed
 from pipelines.cleanup import clean
 from pipelines.cli import main
@@ -111,7 +111,7 @@ def test_a_version_s_chain_goes_through_the_training_it_went_on_from(store: Stor
 
 @pytest.mark.parametrize("place", ["", "payload", "payload/model", "payload/model/weights.bin"])
 def test_a_path_into_an_artifact_is_its_model_whatever_the_store_given(store: Store, tmp_path: Path, place: str) -> None:
-    version = promotion.find(store, "tickets@1")
+    version = model_registry.find(store, "tickets@1")
     folder = store.root / "convert" / version.artifacts["convert"]["key"] / place
     chain = trace_back(Store(tmp_path / "other"), str(folder))
     assert nodes(chain) == [(node, f"{node} 1") for node in ("base", "prepare", "train", "convert")]
@@ -120,7 +120,7 @@ def test_a_path_into_an_artifact_is_its_model_whatever_the_store_given(store: St
 def test_a_path_in_the_registry_is_its_version(store: Store) -> None:
     for place in ("production", "versions/0002"):
         chain = trace_back(Store(Path("elsewhere")), str(store.root / "models/tickets" / place))
-        assert chain.version == promotion.find(store, "tickets@2")
+        assert chain.version == model_registry.find(store, "tickets@2")
 
 
 @pytest.mark.parametrize("model", ["nosuch", "nosuch@1", "tickets@9", "/etc", "../.."])
@@ -282,7 +282,7 @@ def test_what_is_gone_breaks_the_chain_unless_the_same_bytes_are_there(store: St
 def test_the_chain_goes_on_through_a_run_that_was_cleaned_up(store: Store, original: Store) -> None:
     week_1, week_3 = original.root.with_name("week1.jsonl"), store.root.with_name("week3.jsonl")
     week_3.write_text("week 3\n")
-    made = run(store, week_3, 3, promotion.checkpoint(store, promotion.find(store, "tickets@2")))
+    made = run(store, week_3, 3, model_registry.checkpoint(store, model_registry.find(store, "tickets@2")))
     promotion.promote(store, promotion.register(store, RECIPE, made, True, "", {}), "Ada", "better")
     whole = trace_back(store, "tickets")
     del made
@@ -300,8 +300,8 @@ def test_the_chain_goes_on_through_a_run_that_was_cleaned_up(store: Store, origi
     assert "what it read cannot be told" in "\n".join(told(trace_back(store, "tickets"), f"{week_1}:1"))
 
 
-def ancestry(store: Store, title: str) -> Iterator[promotion.Version]:
-    version = promotion.went_on_from(store, promotion.find(store, title))
+def ancestry(store: Store, title: str) -> Iterator[model_registry.Version]:
+    version = model_registry.went_on_from(store, model_registry.find(store, title))
     while version:
         yield version
-        version = promotion.went_on_from(store, version)
+        version = model_registry.went_on_from(store, version)
