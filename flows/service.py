@@ -185,7 +185,7 @@ def start(service: Service, part: str) -> Service:
     port = ["--port", str(service.port)] if part == "server" else []
     secrets = {"PREFECT_SERVER_API_AUTH_STRING": service.auth, "PREFECT_SERVER_DATABASE_CONNECTION_URL": service.database}
     own = {name: secret for name, secret in secrets.items() if secret} if part == "server" else {}
-    with open(service.home / f"{part}.log", "ab") as log:
+    with open(service.home / f"{part}.log", "ab") as log, _usual_signals():
         process = subprocess.Popen(
             [sys.executable, "-m", module, *arguments, *port],
             stdin=subprocess.DEVNULL,
@@ -194,17 +194,24 @@ def start(service: Service, part: str) -> Service:
             cwd=PROJECT,
             env=environment_of(service) | own,
             start_new_session=True,
-            preexec_fn=_usual_signals,
         )
     service = replace(service, started={**service.started, part: (process.pid, birth(psutil.Process(process.pid)))})
     _write(service)
     return service
 
 
-def _usual_signals() -> None:
-    """A shell starts its background jobs with SIGINT ignored; Prefect turns SIGTERM into SIGINT and could then not be stopped."""
-    for number in (signal.SIGINT, signal.SIGTERM):
+@contextmanager
+def _usual_signals() -> Iterator[None]:
+    """For what is started inside the block: a shell starts its background jobs with SIGINT ignored; Prefect turns SIGTERM into SIGINT and
+    could then not be stopped."""
+    ignored = [number for number in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(number) is signal.SIG_IGN]
+    for number in ignored:
         signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number in ignored:
+            signal.signal(number, signal.SIG_IGN)
 
 
 def environment_of(service: Service) -> dict[str, str]:

@@ -16,11 +16,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 from pipelines import supervisor
-from pipelines.supervisor import KILL_SECONDS, die_with_parent
+from pipelines.supervisor import KILL_SECONDS
 
 POLL_SECONDS = 0.2
 
@@ -52,14 +51,13 @@ def child(command: Sequence[str | Path], output: Path, env: Mapping[str, str], g
     with open(output, "ab") as sink:
         start = sink.tell()
         process = subprocess.Popen(
-            [sys.executable, "-I", supervisor.__file__, str(grace), *words],
+            [sys.executable, "-I", supervisor.__file__, str(grace), str(os.getpid()), *words],
             stdin=subprocess.DEVNULL,
             stdout=sink,
             stderr=subprocess.STDOUT,
             env=dict(env),
             cwd=cwd,
             start_new_session=True,
-            preexec_fn=partial(die_with_parent, os.getpid()),  # safe beside threads: two system calls
         )
     try:
         yield Child(process, output, start, grace)

@@ -1,11 +1,11 @@
 """A small process between us and a program we start: when it ends, nothing of the program is left, in whatever session it hid.
 
-    python supervisor.py GRACE COMMAND...
+    python supervisor.py GRACE PARENT COMMAND...
 
 It is its program's subreaper (Linux, prctl(2)): orphaned descendants become its children instead of init's, so that none can slip
-away, not even by a session of its own. It ends the program when it is sent SIGTERM, which the kernel also does when the process that
-started it is gone, killed with SIGKILL included; SIGINT ends it at once. Then, or when the program ends by itself, it kills what is left
-and ends the same way.
+away, not even by a session of its own. It ends the program when it is sent SIGTERM, which the kernel also does when PARENT, the process
+that started it, is gone, killed with SIGKILL included (0 ties it to nobody); SIGINT ends it at once. Then, or when the program ends by
+itself, it kills what is left and ends the same way.
 """
 
 from __future__ import annotations
@@ -28,7 +28,10 @@ KILL_SECONDS = 5
 
 
 def die_with_parent(parent: int) -> None:
-    """In a child that process `parent` just forked: be sent SIGTERM when the thread that forked it ends."""
+    """In a child that process `parent` started: be sent SIGTERM when the thread that started it ends.
+
+    Not for the `preexec_fn` of a process with threads: Python then first destroys what those had, and torch's process groups wait for ever.
+    """
     _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
     if os.getppid() != parent:  # it died before the line above took effect; nobody will signal us any more
         os._exit(128 + signal.SIGTERM)
@@ -93,10 +96,13 @@ def _kill_the_rest() -> None:
 
 def main() -> None:
     """End as the program ended."""
+    grace, parent, *command = sys.argv[1:]
+    if int(parent):
+        die_with_parent(int(parent))
     try:
-        status = supervise(sys.argv[2:], float(sys.argv[1]))
+        status = supervise(command, float(grace))
     except OSError as error:
-        sys.exit(f"{sys.argv[2]}: {error.strerror}")
+        sys.exit(f"{command[0]}: {error.strerror}")
     if not os.WIFSIGNALED(status):
         sys.exit(os.waitstatus_to_exitcode(status))
     number = os.WTERMSIG(status)

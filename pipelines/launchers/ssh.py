@@ -56,7 +56,7 @@ def on_host(host: str, agent: Sequence[str], environment: Mapping[str, str], log
     It has a terminal (-tt), so that a broken connection is told, but writes to the log: not to something that may be gone.
     """
     settings = [f"{name}={value}" for name, value in carried(environment).items()]
-    supervised = [sys.executable, "-I", supervisor.__file__, str(SHUTDOWN_SECONDS + 2)]
+    supervised = [sys.executable, "-I", supervisor.__file__, str(SHUTDOWN_SECONDS + 2), "0"]
     there = ["env", *settings, *supervised, *_known_as(host.rpartition("@")[2], agent)]
     quiet = ["-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "ServerAliveInterval=15"]
     return ["ssh", "-tt", *quiet, "--", host, f"{shlex.join(there)} >> {shlex.quote(log)} 2>&1"]

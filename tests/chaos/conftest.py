@@ -6,7 +6,6 @@ import json
 import os
 import platform
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -44,12 +43,11 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Service, d
     A run is lost after 45 s without a heartbeat (they come every 30), not after 90.
     """
     place = tmp_path_factory.mktemp("chaos")
-    with pytest.MonkeyPatch.context() as patch, ThreadPoolExecutor(1) as beside:
+    made = make_all(Store(place / "undisturbed"))
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(automations, "HEARTBEAT_SECONDS", 15)
         try:
-            starting = beside.submit(up, place / "home", place / "store", str(RECIPE), free_port())
-            made = make_all(Store(place / "undisturbed"))
-            running = starting.result()
+            running = up(place / "home", place / "store", str(RECIPE), free_port())
             with temporary_settings({PREFECT_API_URL: running.api, PREFECT_HOME: place / "client"}):
                 yield running, made
         finally:

@@ -76,7 +76,7 @@ def test_ssh(programs: Path) -> None:
     *program, host, there = ssh.on_host("me@node2", agent, {"OMP_NUM_THREADS": "3; rm -rf /", "WANDB_API_KEY": "canary"}, "/a b/log")
     assert program == ["ssh", "-tt", "-o", "BatchMode=yes", "-o", "LogLevel=ERROR", "-o", "ServerAliveInterval=15", "--"]
     assert host == "me@node2"
-    begin = f"env 'OMP_NUM_THREADS=3; rm -rf /' PYTHONUNBUFFERED=1 {sys.executable} -I {SUPERVISOR} 22 {sys.executable}"
+    begin = f"env 'OMP_NUM_THREADS=3; rm -rf /' PYTHONUNBUFFERED=1 {sys.executable} -I {SUPERVISOR} 22 0 {sys.executable}"
     assert there.startswith(f"{begin} -m torch.distributed.run --local-addr=node2 --nnodes=2 ") and there.endswith(" >> '/a b/log' 2>&1")
 
 
