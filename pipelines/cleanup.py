@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from glob import glob
 from pathlib import Path
 from uuid import uuid4
 
@@ -284,7 +285,11 @@ def _alone(store: Store) -> Iterator[None]:
 def _tidy(store: Store, now: float) -> None:
     """Half-written files of dead processes, locks of what is gone, and what was known about files that are gone."""
     sweep(store.cache)
-    for file in (*store.root.glob(".*.tmp"), *store.root.glob("*/*/.*.tmp")):
+    for name in (
+        *glob(".*.tmp", root_dir=store.root),
+        *glob("*/*/.*.tmp", root_dir=store.root),
+    ):  # Path.glob minds folders that go meanwhile
+        file = store.root / name
         if now - modified(file) > LEFT_FILES_DAYS * DAY:
             remove(file)
     for lock in (store.root / ".locks").glob("*-*.lock"):

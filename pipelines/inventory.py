@@ -18,6 +18,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cached_property
+from glob import glob
 from pathlib import Path
 from typing import Any, Literal
 
@@ -101,7 +102,7 @@ def _attempts(store: Store) -> Iterator[Item]:
             used=newest,
             inputs=_inputs(told),
             files=files,
-            resumable=any((folder / "scratch" / "checkpoints").glob("*/checkpoint.json")),
+            resumable=bool(glob("*/checkpoint.json", root_dir=folder / "scratch" / "checkpoints")),
         )
 
 

@@ -168,8 +168,8 @@ def test_a_conversation_in_a_terminal(learned: Path, tmp_path: Path) -> None:
         terminal.read_until("first after")
         terminal.type(f"/save {saved}\r")
         terminal.read_until("one more line of")
-        terminal.type(CONTROL_D)
-        assert terminal.leaves() == 0
+        terminal.read_until("> ")
+        assert terminal.leaves(CONTROL_D) == 0
         assert _gone(servers)
     first, second = (json.loads(line) for line in saved.read_text(encoding="utf-8").splitlines())
     assert first == {"messages": [{"role": "user", "content": "refund"}, {"role": "assistant", "content": "billing"}]}

@@ -107,7 +107,7 @@ def nothing_runs() -> bool:
 def _trains() -> bool:
     for child in psutil.Process().children(recursive=True):
         with suppress(psutil.NoSuchProcess):  # also one that ended, and that nobody waits for
-            if "xtuner_core.sft" in " ".join(child.cmdline()):
+            if "xtuner_core.sft" in child.cmdline():
                 return True
     return False
 

@@ -47,11 +47,11 @@ def test_the_weekly_runs_are_planned(service: Service) -> None:
 
     with get_client(sync_client=True) as client:
         weekly = client.read_deployment_by_name("finetune-flow/weekly")
-    planned = within(60, lambda: runs_of(weekly.id))
+    planned = within(60, lambda: [run for run in runs_of(weekly.id) if run.auto_scheduled])  # other tests start some by hand
     times = sorted(run.expected_start_time for run in planned)
     assert {(one.weekday(), one.hour, one.minute) for one in times} == {(0, 3, 0)}
     assert all(later - earlier == timedelta(days=7) for earlier, later in pairwise(times))
-    assert all(run.auto_scheduled and run.parameters == weekly.parameters for run in planned)
+    assert all(run.parameters == weekly.parameters for run in planned)
 
 
 def test_a_schedule_creates_runs_that_run(service: Service, tmp_path: Path) -> None:
