@@ -285,10 +285,8 @@ def _alone(store: Store) -> Iterator[None]:
 def _tidy(store: Store, now: float) -> None:
     """Half-written files of dead processes, locks of what is gone, and what was known about files that are gone."""
     sweep(store.cache)
-    for name in (
-        *glob(".*.tmp", root_dir=store.root),
-        *glob("*/*/.*.tmp", root_dir=store.root),
-    ):  # Path.glob minds folders that go meanwhile
+    # (Path.glob fails where a folder goes meanwhile.)
+    for name in (*glob(".*.tmp", root_dir=store.root), *glob("*/*/.*.tmp", root_dir=store.root)):
         file = store.root / name
         if now - modified(file) > LEFT_FILES_DAYS * DAY:
             remove(file)
