@@ -110,7 +110,7 @@ def test_when_nothing_changed_it_is_told_in_no_time_with_what_it_was_compared_to
     told = nothing_new(weeks.today(), weeks.store)
     assert time.process_time() - started < 3
     assert told and told.startswith("no new data: tiny_service@1 (")
-    assert "the 1 files" in told
+    assert "the files of data.train" in told
     assert weeks.cached() >= {"base", "prepare", "train", "convert", "eval", "chat"}
 
 

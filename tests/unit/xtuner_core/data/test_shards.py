@@ -230,11 +230,11 @@ def test_parts_done_by_processes_are_the_whole_file(cache: Cache, tmp_path: Path
     assert cache.leftovers() == [] and _workers() == []
 
 
-HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "prefect.server")
+HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver", "prefect.server", "-m prefect ", "-m flows.watch")
 
 
 def _workers() -> list[psutil.Process]:
-    """Our living children, without Python's own helpers of spawned processes and other tests' server, which live as long as this one."""
+    """Our living children, without Python's own helpers of spawned processes and other tests' servers, which live as long as this one."""
     return [one for one in psutil.Process().children(recursive=True) if _works(one)]
 
 
