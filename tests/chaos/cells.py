@@ -93,6 +93,7 @@ def run_cell(stage: Stage, victim: Victim, service: Service, made: dict[str, Pat
     store = without(stage, made, folder / "store")
     attempt = store / ".work" / f"{made[stage].parent.name}-{made[stage].name}"
     with get_client(sync_client=True) as client:
+        service = up(service.home, service.store, service.recipe)  # as it is now: other cells killed parts of it
         first = start(client, store)
         run = freeze_when(lambda: is_at(stage, attempt, first))
         step = newest_step(attempt)
