@@ -24,7 +24,7 @@ help:
 	@echo "make up         Prefect's server, worker and schedules on this machine; PORT=... AUTH=user:password DATABASE_URL=postgresql+asyncpg://..."
 	@echo "make down       stop exactly those"
 	@echo "make test       every test       make test-fast   without the slow ones"
-	@echo "make chaos      kill -9 everything in every stage (half an hour)"
+	@echo "make chaos      kill -9 everything in every stage (twenty minutes)"
 	@echo "make screenshots  pictures of Prefect's pages for the docs, with Chromium"
 	@echo "make lint       ruff, pyright    make format      ruff format"
 	@echo "make clean      remove the environments (artifacts stay)"
