@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before anything imports huggingface_hub
 
@@ -35,6 +36,17 @@ def pytest_itemcollected(item: pytest.Item) -> None:
     named = item.get_closest_marker("xdist_group")  # by a folder's own conftest.py, which comes first; two names would make a third
     if named is None and isinstance(item, pytest.Function) and "module" in _scopes(item):
         item.add_marker(pytest.mark.xdist_group(str(item.path.relative_to(PROJECT))))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol() -> Generator[None, Any, Any]:
+    """What a test and its fixtures run in this process may handle signals (training does); the next test finds the usual handlers."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)}
+    try:
+        return (yield)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _scopes(test: pytest.Function) -> set[str]:

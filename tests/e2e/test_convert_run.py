@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +25,8 @@ IDS = torch.arange(40)[None]
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Iterator[Path]:
+def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> Path:
     """Work directories of three steps each; `full` begins with random weights and has a chat template of the run's choice."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     place = tmp_path_factory.mktemp("runs")
     every = ["--dataset", str(PROJECT / "data" / "openai_chats" / "train.jsonl"), "--pack-max-length", "1024", "--dtype", "fp32"]
     every += ["--lr", "1e-2", "--total-step", "3", "--checkpoint-interval", "1"]
@@ -39,9 +36,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_model_folder: Path) -> I
         "qlora": ["--load-from", str(tiny_model_folder), "--method", "qlora"],
     }.items():
         assert sft.main([*every, *words, "--work-dir", str(place / name)]) == 0
-    yield place
-    for number, handler in before.items():
-        signal.signal(number, handler)
+    return place
 
 
 def load(folder: Path) -> Any:

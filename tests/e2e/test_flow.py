@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -269,11 +268,7 @@ def test_control_c_in_a_stage_ends_with_the_code_that_says_run_again(
     (tmp_path / "interrupted.py").write_text(INTERRUPTED)
     monkeypatch.setattr(chatters, "__path__", [*chatters.__path__, str(tmp_path)])
     before = whole(store)
-    other = signal.signal(signal.SIGINT, signal.default_int_handler)  # a library that earlier tests used may have taken it
-    try:
-        assert program(TINY, overrides=[*SHORT, "chat.chatter=interrupted"], store=store.root) == 75
-    finally:
-        signal.signal(signal.SIGINT, other)
+    assert program(TINY, overrides=[*SHORT, "chat.chatter=interrupted"], store=store.root) == 75
     told = capsys.readouterr()
     assert "error: interrupted in chat; finished stages are kept, run the same command again to continue.\n" in told.err
     assert "Traceback" not in told.err + told.out

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import signal
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +10,6 @@ import torch
 from safetensors.torch import load_file
 
 from pipelines.cli import main
-
-
-@pytest.fixture(autouse=True)
-def handler() -> Iterator[None]:
-    """The command's own handler of SIGTERM ends with the test."""
-    before = signal.getsignal(signal.SIGTERM)
-    yield
-    signal.signal(signal.SIGTERM, before)
 
 
 @pytest.mark.parametrize("command", ["pth_to_hf", "pth-to-hf"])

@@ -5,10 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -25,14 +24,6 @@ from xtuner_core.errors import UserError
 HELDOUT = PROJECT / "data" / "openai_chats" / "heldout.jsonl"
 UP = "model.layers.0.mlp.up_proj.weight"
 NORM = "model.norm.weight"
-
-
-@pytest.fixture(autouse=True)
-def handlers_come_back() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
 
 
 def rewrite(folder: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> None:

@@ -31,14 +31,6 @@ CHATS = PROJECT / "data" / "openai_chats"
 BASICS = ("--model-cfg", "qwen3-tiny", "--lr", "5e-3", "--pack-max-length", "1024", "--global-batch-size", "2", "--dtype", "fp32")
 
 
-@pytest.fixture(autouse=True)
-def handlers_come_back() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The work directory of a finished run of four steps."""
